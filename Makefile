@@ -1,0 +1,59 @@
+# Needs python3 (3.11 or newer, with venv), a C++ compiler and make; everything else is installed
+# into .venv. Choose another interpreter with PYTHON=python3.12.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICK ?=
+ARGS ?=
+
+.PHONY: help .venv demo test lint format types clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo [QUICK=1]   install, then run examples/demo.py"
+	@echo "make test [ARGS=...]  install, then run the tests"
+	@echo "make lint             ruff, formatting, spelling"
+	@echo "make format           let ruff rewrite what it can"
+	@echo "make types            pyright (needs Node.js, and fetches it where there is none)"
+	@echo "make clean            remove what was built; .venv stays"
+
+.venv: $(VENV)/.installed
+
+# Order-only: the interpreter is a link whose date says nothing.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: installed again only when pyproject.toml changes.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+.PRECIOUS: $(VENV)/.installed-%
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py $(if $(filter-out 0,$(QUICK)),--quick)
+
+# One thread: the same sums in the same order on every machine.
+test: export OMP_NUM_THREADS := 1
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright
+
+clean:
+	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	find . -name $(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Graph in, graph out: everything between capture and the program that the runtime executes."""

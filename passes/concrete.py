@@ -1,0 +1,53 @@
+"""Graph nodes as calls with concrete sizes: batch and sequence length set to 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from spdcompile.passes.placement.types import Call, Operand
+
+
+def size_at_one(size: Any) -> int:
+    """A size with every symbol (batch, sequence) set to 1."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+
+
+def shape_at_one(value: torch.Tensor) -> tuple[int, ...]:
+    """A fake tensor's shape with batch and sequence length 1."""
+    return tuple(size_at_one(size) for size in value.shape)
+
+
+def call_of(node: fx.Node, describe: Callable[[fx.Node], tuple[Any, Any]]) -> Call:
+    """The call that a node makes.
+
+    Args:
+        describe: gives a tensor node's (placement, ids).
+    """
+
+    def operand(arg: fx.Node) -> Any:
+        value = arg.meta["val"]
+        if isinstance(value, torch.Tensor):
+            placement, ids = describe(arg)
+            return Operand(shape_at_one(value), placement, ids, arg.op == "placeholder")
+        if isinstance(value, list | tuple):
+            placement, ids = describe(arg)
+            return Operand((), placement, ids)
+        return size_at_one(value) if isinstance(value, int | torch.SymInt) else value
+
+    args = fx.map_arg(node.args, operand)
+    kwargs = fx.map_arg(node.kwargs, operand)
+    value = node.meta["val"]
+    shape = shape_at_one(value) if isinstance(value, torch.Tensor) else ()
+    return Call(node.target, tuple(_plain(arg) for arg in args), dict(kwargs), shape)
+
+
+def _plain(arg: Any) -> Any:
+    """fx's immutable lists as lists, which operators want."""
+    return [_plain(item) for item in arg] if isinstance(arg, list) else arg

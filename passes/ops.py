@@ -1,0 +1,59 @@
+"""The operators that programs speak, as schemas and fakes; runtime/ops.py gives them kernels.
+
+`spd::attention`  whole attention of one call: the unit that is split by heads.
+`spd::sync`       a sync point: partial sums in, their sum over the ranks out.
+`spd::gather`     shards along a dim in, the concatenation over the ranks out.
+`spd::take`       a replicated value in, this rank's share along a dim out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("spd", "DEF")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor valid, Tensor? sinks, float scale, bool causal,"
+    " int window, float softcap) -> Tensor"
+)
+_LIBRARY.define("sync(Tensor partial, str point) -> Tensor")
+_LIBRARY.define("gather(Tensor shard, int dim) -> Tensor")
+_LIBRARY.define("take(Tensor whole, Tensor index, int dim, int units) -> Tensor")
+
+ATTENTION = torch.ops.spd.attention.default
+SYNC = torch.ops.spd.sync.default
+GATHER = torch.ops.spd.gather.default
+TAKE = torch.ops.spd.take.default
+
+
+@torch.library.register_fake("spd::attention")
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, sinks: Tensor | None, *settings: object
+) -> Tensor:
+    """q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], valid [B, T] -> [B, S, H, Dv]."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.register_fake("spd::sync")
+def _sync_fake(partial: Tensor, point: str) -> Tensor:
+    return torch.empty_like(partial, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("spd::gather")
+def _gather_fake(shard: Tensor, dim: int) -> Tensor:
+    """Shape-preserving: how many ranks there are is not known to a program."""
+    return torch.empty_like(shard, memory_format=torch.contiguous_format)
+
+
+@torch.library.impl("spd::take", "CompositeImplicitAutograd", lib=_LIBRARY)
+def _take(whole: Tensor, index: Tensor, dim: int, units: int) -> Tensor:
+    """Picks `index` out of the `units` entries of `dim`, which may have the batch folded in front.
+
+    Args:
+        whole: [..., n * units, ...], where n is 1 or the folded batch.
+        index: this rank's entries, int64 [k].
+
+    Returns: [..., n * k, ...].
+    """
+    parts = whole.unflatten(dim, (-1, units)).index_select(dim + 1, index)
+    return parts.flatten(dim, dim + 1)

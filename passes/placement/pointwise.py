@@ -1,0 +1,79 @@
+"""Operators that act on each element by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spdcompile.passes.placement.channels import Channels
+from spdcompile.passes.placement.rows import Row, match_rows, rows
+from spdcompile.passes.placement.types import Call, Placed
+
+aten = torch.ops.aten
+
+# Any function of each element by itself: a split dim stays split.
+ELEMENTWISE = rows("S(i) <- S(i)", "S(i) <- S(i) S(i)", "S(i) <- S(i) S(i) S(i)")
+# f(a + b) = f(a) + f(b): an unreduced sum passes through.
+LINEAR = (*ELEMENTWISE, *rows("P <- P"))
+# (a1 + a2) + (b1 + b2), and never P <- P R: R would enter once a rank.
+ADDITIVE = (*ELEMENTWISE, *rows("P <- P P"))
+# Linear in each operand by itself, and never P <- P P: the cross terms would be lost.
+MULTILINEAR = (*ELEMENTWISE, *rows("P <- P", "P <- P R", "P <- R P"))
+# Linear in the numerator.
+QUOTIENT = (*ELEMENTWISE, *rows("P <- P", "P <- P R"))
+
+
+@dataclass(frozen=True, slots=True)
+class Pointwise:
+    """Rule of an elementwise operator."""
+
+    table: tuple[Row, ...]
+
+    def follow(self, call: Call, channels: Channels) -> Tensor | None:
+        """Channels that meet in one element belong together."""
+        merged = None
+        for operand in call.operands():
+            if operand.ids is not None:
+                merged = channels.merge(merged, operand.ids.expand(call.out_shape))
+        return merged
+
+    def place(self, call: Call) -> Placed | None:
+        """Matches the rows."""
+        return match_rows(self.table, call.operands(), len(call.out_shape))
+
+
+_UNARY = (
+    *(aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default),
+    *(aten.tanh.default, aten.exp.default, aten.rsqrt.default, aten.sqrt.default),
+    *(aten.cos.default, aten.sin.default, aten.abs.default, aten.square.default),
+    *(aten.reciprocal.default, aten.log.default, aten.log1p.default, aten.expm1.default),
+    *(aten.erf.default, aten.softplus.default, aten.pow.Tensor_Scalar, aten.pow.Scalar),
+    *(aten.clamp.default, aten.bitwise_not.default, aten.logical_not.default),
+    # A cast rounds, and a rounded sum is not the sum of rounded parts.
+    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default),
+    *(aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar),
+    *(aten.ge.Scalar, aten.masked_fill.Scalar, aten.floor.default, aten.hardtanh.default),
+    *(aten.leaky_relu.default, aten.elu.default, aten.mish.default, aten.relu6.default),
+)
+_BINARY = (
+    *(aten.pow.Tensor_Tensor, aten.pow.Tensor_Scalar, aten.maximum.default, aten.minimum.default),
+    *(aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor),
+    *(aten.ge.Tensor, aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor),
+    *(aten.bitwise_or.Tensor, aten.logical_and.default, aten.where.self),
+    *(aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Tensor),
+    *(aten.type_as.default, aten.floor_divide.default, aten.remainder.Scalar),
+)
+
+RULES = {
+    **{op: Pointwise(ELEMENTWISE) for op in (*_UNARY, *_BINARY)},
+    aten.neg.default: Pointwise(LINEAR),
+    aten.add.Tensor: Pointwise(ADDITIVE),
+    aten.sub.Tensor: Pointwise(ADDITIVE),
+    aten.rsub.Scalar: Pointwise(ELEMENTWISE),
+    aten.mul.Tensor: Pointwise(MULTILINEAR),
+    aten.mul.Scalar: Pointwise(MULTILINEAR),
+    aten.div.Tensor: Pointwise(QUOTIENT),
+    aten.div.Scalar: Pointwise(QUOTIENT),
+}

@@ -1,0 +1,88 @@
+"""How a model makes position ids when it is given none."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spdcompile.errors import CaptureError
+from spdcompile.passes._torch import TorchDispatchMode
+from spdcompile.passes.base import Positions
+
+
+class _StopProbeError(Exception):
+    """Raised at the first decoder layer: what the probe wants to see lies before it."""
+
+
+class _Taint(TorchDispatchMode):
+    """Follows one tensor through the operators, to see whether it chooses embedding rows."""
+
+    def __init__(self, source: Tensor) -> None:
+        super().__init__()
+        self._tainted = [source]
+        self.chooses_embeddings = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if any(arg is tainted for arg in args for tainted in self._tainted):
+            self._tainted.append(out)
+            if func is torch.ops.aten.embedding.default:
+                self.chooses_embeddings = True
+        return out
+
+
+def default_positions_of(model: PreTrainedModel, layers: nn.ModuleList) -> Positions | None:
+    """How the model numbers the tokens when it is called with ids and a mask alone.
+
+    OPT and its relatives count the attended tokens; the others count from 0, padding or not.
+    Found by running the model, on tensors without data, up to its first decoder layer.
+
+    Returns: None if the model takes no position ids.
+
+    Raises:
+        CaptureError: the model cannot be run that far without data.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return None
+    mask = torch.ones((1, 5), dtype=torch.long, device="meta")
+    named = chain(model.named_parameters(), model.named_buffers())
+    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+    call = {"input_ids": torch.ones_like(mask), "attention_mask": mask, "use_cache": False}
+    taint = _Taint(mask)
+    try:
+        with _stopping_at(layers[0]), taint, torch.no_grad():
+            torch.func.functional_call(model, tensors, kwargs=call)
+    except _StopProbeError:
+        return Positions.FROM_MASK if taint.chooses_embeddings else Positions.ARANGE
+    except Exception as error:
+        raise CaptureError(
+            "Cannot tell how the model numbers its tokens.",
+            where=type(model).__name__,
+            found=f"{type(error).__name__}: {error}",
+            needed="a forward pass that runs on meta tensors up to the first decoder layer",
+        ) from error
+    raise CaptureError(
+        "Cannot tell how the model numbers its tokens.",
+        where=type(model).__name__,
+        found="a forward pass that never reaches its first decoder layer",
+        needed="decoder layers that are called as modules",
+    )
+
+
+@contextmanager
+def _stopping_at(layer: nn.Module) -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise _StopProbeError
+
+    handle = layer.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,87 @@
+"""The private torch names that this folder needs; tried on torch 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _after_autograd_keyset,
+    _AutoDispatchBelowAutograd,
+    _ExcludeDispatchKeyGuard,
+)
+from torch._C._functorch import is_batchedtensor, maybe_current_level, maybe_get_level
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch._ops import OpOverload
+from torch.autograd.function import _SingleLevelFunction
+
+
+def register_autograd(
+    library: torch.library.Library,
+    op: OpOverload,
+    *,
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Gives `op` a gradient that also works below torch.func.grad.
+
+    torch.library.register_autograd is the public way; on torch 2.13 its operators raise inside
+    torch.func.grad, because it builds on a Function of the outermost level.
+
+    Args:
+        op: an operator without keyword-only arguments.
+        save: (ctx, *inputs), keeps what `backward` needs.
+        backward: (ctx, *grads) -> a tuple with one gradient or None for each input.
+    """
+
+    def forward(ctx: Any, keyset: DispatchKeySet, *inputs: Any) -> Any:
+        save(ctx, *inputs)
+        return _below_autograd(op, keyset, inputs)
+
+    def backward_all(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, *backward(ctx, *grads)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_all)}
+    function = type(f"{op.name()}_with_gradient", (_SingleLevelFunction,), methods)
+
+    def kernel(keyset: DispatchKeySet, *inputs: Any) -> Any:
+        tensors = (x for x in inputs if isinstance(x, Tensor))
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            with enable_single_level_autograd_function():
+                return function.apply(keyset, *inputs)
+        return _below_autograd(op, keyset, inputs)
+
+    library.impl(op, kernel, "Autograd", with_keyset=True)
+
+
+def _below_autograd(op: OpOverload, keyset: DispatchKeySet, inputs: tuple[Any, ...]) -> Any:
+    with _AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & _after_autograd_keyset, *inputs)
+
+
+def register_unbatched_vmap(
+    library: torch.library.Library, op: OpOverload, refuse: Callable[..., None]
+) -> None:
+    """Calls `refuse(*inputs)`, which raises, where vmap meets `op` on a value it does not batch.
+
+    A vmap rule is never asked about such a value: vmap runs the operator as if it were outside.
+
+    Args:
+        op: an operator whose first input is a tensor.
+    """
+
+    def kernel(*inputs: Any) -> Any:
+        if not _batched_by_innermost_vmap(inputs[0]):
+            refuse(*inputs)
+        with _ExcludeDispatchKeyGuard(DispatchKeySet(DispatchKey.FuncTorchVmapMode)):
+            return op(*inputs)
+
+    library.impl(op, kernel, "FuncTorchVmapMode")
+
+
+def _batched_by_innermost_vmap(value: Tensor) -> bool:
+    return is_batchedtensor(value) and maybe_get_level(value) == maybe_current_level()

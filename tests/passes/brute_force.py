@@ -1,0 +1,295 @@
+"""Checks a placement rule by brute force: two simulated ranks against the whole tensors.
+
+Every placement of the operands is put to the rule. What it answers is simulated: each rank gets
+its operands, runs the operator on them, and the ranks' results, combined as the answer says, must
+be the whole result. A rule sees batch and sequence length 1, the simulation other sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree  # noqa: PLC2701
+
+from spdcompile.passes.layout import Layout, ShardSpec, UnevenLayoutError, shard_spec
+from spdcompile.passes.placement.movement import Movement, Resize
+from spdcompile.passes.placement.types import Call, Operand, P, Placed, R, Replicate, Shard
+
+RANKS = (0, 1)
+BATCH, LENGTH = 2, 3
+# Units are neither contiguous on a rank nor equally many: 3 units leave a padded one on rank 1.
+ASSIGNMENTS = {2: ((1,), (0,)), 3: ((0, 2), (1,))}
+REGION = "region"
+# A local program that is impossible rather than wrong: the sizes do not fit.
+_CANNOT_RUN = (RuntimeError, IndexError, UnevenLayoutError)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A call of an operator with real tensors.
+
+    Args:
+        make: (batch, length) -> the arguments, tensors among them.
+        runs: sizes of the runs of a fused dim, tried where a dim has just their sum.
+        kernel: computes the operator, if it has no kernel itself.
+        out_shape: result's shape at batch and length 1, where running there gives another one.
+    """
+
+    target: Any
+    make: Callable[[int, int], tuple[Any, ...]]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    runs: tuple[int, ...] = ()
+    kernel: Callable[..., Any] | None = None
+    out_shape: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        args = (_describe(leaf) for leaf in self._arguments(BATCH, LENGTH))
+        return f"{self.target}({', '.join(args)})"
+
+    @cached_property
+    def seen(self) -> Call:
+        """The call as a rule sees it, everything replicated."""
+        return self._call(1, 1)
+
+    @cached_property
+    def real(self) -> Call:
+        """The call that is simulated."""
+        return self._call(BATCH, LENGTH)
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        """Tensors of `real`, in the order of its operands."""
+        args = self._arguments(BATCH, LENGTH)
+        return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+
+    @cached_property
+    def parts(self) -> list[tuple[Tensor, Tensor] | None]:
+        """Each floating tensor as an uneven sum, with noise that cancels."""
+        generator = torch.Generator().manual_seed(1)
+        parts: list[tuple[Tensor, Tensor] | None] = []
+        for whole in self.tensors:
+            noise = torch.randn(whole.shape, generator=generator, dtype=torch.float64)
+            pair = (0.6 * whole + noise, 0.4 * whole - noise)
+            parts.append(pair if whole.is_floating_point() else None)
+        return parts
+
+    @cached_property
+    def whole(self) -> list[Tensor]:
+        """The result on whole tensors, always as a list."""
+        return self.run(self.real, self.tensors)
+
+    def run(self, call: Call, tensors: list[Tensor]) -> list[Tensor]:
+        """Runs `call` on tensors; always a list of results."""
+        out = replace(call, target=self.kernel or self.target).run(tensors)
+        return list(out) if isinstance(out, list | tuple) else [out]
+
+    def small(self) -> list[Tensor]:
+        """Tensors for `seen`."""
+        args = self._arguments(1, 1)
+        return [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+
+    def _arguments(self, batch: int, length: int) -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        return self.make(batch, length)
+
+    def _call(self, batch: int, length: int) -> Call:
+        args = self._arguments(batch, length)
+        described = pytree.tree_map(
+            lambda leaf: Operand(tuple(leaf.shape)) if isinstance(leaf, Tensor) else leaf, args
+        )
+        call = Call(self.target, described, self.kwargs, ())
+        leaves = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
+        out = self.run(call, leaves)
+        shape = tuple(out[0].shape) if len(out) == 1 else ()
+        if (batch, length) == (1, 1) and self.out_shape is not None:
+            shape = self.out_shape
+        return replace(call, out_shape=shape)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What brute force found out about one sample.
+
+    Args:
+        wrong: answers that the simulation contradicts.
+        missing: placements without an answer although there is a right one.
+        right: the accepted placements that hold.
+    """
+
+    wrong: list[str]
+    missing: list[str]
+    right: list[tuple[Any, ...]]
+
+
+def examine(sample: Sample, rule: Any) -> Outcome:
+    """Puts every placement of the operands to the rule and simulates the answers."""
+    outcome = Outcome([], [], [])
+    for num_units, placements in placements_of(sample):
+        call = sample.seen.with_placements(list(placements))
+        answer = local_answer(rule, call)
+        if answer is None:
+            if (out := _right_answer(sample, rule, placements, num_units)) is not None:
+                outcome.missing.append(row(out, placements))
+        elif why := contradiction(sample, rule, placements, answer):
+            outcome.wrong.append(f"{sample}: {row(answer.out, placements)}: {why}")
+        else:
+            outcome.right.append(placements)
+    return outcome
+
+
+def local_answer(rule: Any, call: Call) -> Placed | None:
+    """The rule's answer; None too if the ranks have no arguments for it, as in propagation."""
+    answer = rule.place(call)
+    if answer is not None and _is_local_movement(rule, call):
+        try:
+            rule.localize(call, call.args, answer.out, Resize({REGION: 1}))
+        except UnevenLayoutError:
+            return None
+    return answer
+
+
+def placements_of(sample: Sample) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """All placements of the operands within one region, with the region's number of units."""
+    for num_units in ASSIGNMENTS:
+        choices = []
+        for operand, parts in zip(sample.seen.operands(), sample.parts, strict=True):
+            splits = splits_of(operand.shape, num_units, sample.runs)
+            choices.append([R, *([P] if parts else []), *splits])
+        for placements in itertools.product(*choices):
+            first = num_units == min(ASSIGNMENTS)
+            if first or any(isinstance(placement, Shard) for placement in placements):
+                yield num_units, placements
+
+
+def splits_of(shape: tuple[int, ...], num_units: int, runs: tuple[int, ...] = ()) -> list[Shard]:
+    """Splits of each dim into units: in one run, in several equal runs, in the given runs."""
+    found = []
+    for dim, size in enumerate(shape):
+        patterns = {(size,), (size // 2,) * 2, (size // 3,) * 3, runs}
+        for pattern in sorted(patterns, key=len):
+            each = [part // num_units for part in pattern]
+            if size > 1 and sum(each) * num_units == size and min(each) > 0:
+                owners = np.concatenate([np.repeat(np.arange(num_units), n) for n in each])
+                found.append(Shard(dim, Layout(REGION, num_units, owners)))
+    return found
+
+
+def contradiction(
+    sample: Sample, rule: Any, placements: tuple[Any, ...], answer: Placed
+) -> str | None:
+    """How the simulation contradicts an answer; None if it does not."""
+    cut = [answer.cuts.get(index, given) for index, given in enumerate(placements)]
+    for index in answer.cuts:
+        if placements[index] != R:
+            return f"cuts operand {index}, which is not whole"
+    try:
+        ranks = _simulate(sample, rule, cut, answer.out)
+    except _CANNOT_RUN as error:
+        return f"the ranks cannot run it: {error}"
+    outs = answer.out if isinstance(answer.out, list) else [answer.out] * len(sample.whole)
+    for piece, (out, whole) in enumerate(zip(outs, sample.whole, strict=True)):
+        if not _combines(out, [results[piece] for results in ranks], whole):
+            return f"the ranks' results do not make the whole one (result {piece})"
+    return None
+
+
+def _right_answer(
+    sample: Sample, rule: Any, placements: tuple[Any, ...], num_units: int
+) -> Any | None:
+    """An answer that the simulation would bear out."""
+    shape = sample.seen.out_shape
+    candidates = [R, P, *splits_of(shape, num_units, sample.runs)]
+    for out in candidates:
+        if contradiction(sample, rule, placements, Placed(out, {})) is None:
+            return out
+    return None
+
+
+def _simulate(sample: Sample, rule: Any, placements: list[Any], out: Any) -> list[list[Tensor]]:
+    """Every rank's results."""
+    call, real = sample.seen.with_placements(placements), sample.real
+    units = max((p.layout.num_units for p in placements if isinstance(p, Shard)), default=2)
+    if _is_local_movement(rule, call):
+        resize = Resize({REGION: max(map(len, ASSIGNMENTS[units]))})
+        real = replace(real, args=rule.localize(call, real.args, out, resize))
+    ranks = []
+    for rank in RANKS:
+        local = [
+            _local(whole, parts, placement, rank)
+            for whole, parts, placement in zip(
+                sample.tensors, sample.parts, placements, strict=True
+            )
+        ]
+        ranks.append(sample.run(real, local))
+    return ranks
+
+
+def _is_local_movement(rule: Any, call: Call) -> bool:
+    split = any(isinstance(operand.placement, Shard) for operand in call.operands())
+    return split and isinstance(rule, Movement)
+
+
+def _local(whole: Tensor, parts: Any, placement: Any, rank: int) -> Tensor:
+    """One rank's operand."""
+    if placement == R:
+        return whole
+    if placement == P:
+        return parts[rank]
+    spec, dim = _spec(placement), placement.dim
+    folded = whole.unflatten(dim, (-1, len(placement.layout)))
+    return spec.shard_of(folded, rank).flatten(dim, dim + 1)
+
+
+def _combines(out: Any, results: list[Tensor], whole: Tensor) -> bool:
+    """Whether the ranks' results make the whole one, in the way that `out` says."""
+    if isinstance(out, Replicate):
+        return all(_same(result, whole) for result in results)
+    if out == P:
+        return whole.is_floating_point() and _same(sum(results[1:], results[0]), whole)
+    spec, dim = _spec(out), out.dim
+    if dim >= whole.dim() or whole.shape[dim] % len(out.layout):
+        return False
+    shape = list(whole.shape)
+    shape[dim] = shape[dim] // len(out.layout) * spec.local_size
+    if any(list(result.shape) != shape for result in results):
+        return False
+    stacked = torch.stack(results).unflatten(dim + 1, (-1, spec.local_size))
+    return _same(spec.unshard(stacked, len(out.layout)).flatten(dim, dim + 1), whole)
+
+
+def _spec(shard: Shard) -> ShardSpec:
+    """The split of the dim; the batch that is folded in front becomes a dim of its own."""
+    return shard_spec(shard.layout, shard.dim + 1, ASSIGNMENTS[shard.layout.num_units])
+
+
+def _same(result: Tensor, whole: Tensor) -> bool:
+    """Equal up to float64 rounding: a few operations on numbers of order 1, and margin."""
+    if result.shape != whole.shape or result.dtype != whole.dtype:
+        return False
+    return torch.allclose(result.double(), whole.double(), rtol=1e-9, atol=1e-11)
+
+
+def row(out: Any, placements: tuple[Any, ...]) -> str:
+    """An answer as a row of a rule table."""
+    outs = out if isinstance(out, list) else [out]
+    return f"{' '.join(map(_name, outs))} <- {' '.join(map(_name, placements))}"
+
+
+def _name(placement: Any) -> str:
+    if isinstance(placement, Shard):
+        runs = len(placement.layout.runs())
+        return f"S({placement.dim})" + (f"*{runs}" if runs > 1 else "")
+    return str(placement)
+
+
+def _describe(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return "x".join(map(str, leaf.shape)) or "scalar"
+    return f"[{', '.join(map(_describe, leaf))}]" if isinstance(leaf, list) else str(leaf)

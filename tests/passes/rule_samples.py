@@ -1,0 +1,227 @@
+"""Sample calls for every operator that has a placement rule.
+
+Shape letters: b batch, s sequence length (both 1 where a rule looks); numbers are channels.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spdcompile.passes.ops import ATTENTION
+from tests.passes.brute_force import Sample
+
+aten = torch.ops.aten
+END = sys.maxsize
+
+
+def x(*shape: int) -> Tensor:
+    """Floating values."""
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def i(*shape: int) -> Tensor:
+    """Small integers."""
+    return torch.randint(-2, 3, shape)
+
+
+def m(*shape: int) -> Tensor:
+    """A mask."""
+    return torch.rand(shape) < 0.5
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, sinks: Tensor | None, *settings: Any
+) -> Tensor:
+    """Attention written out: q [B, H, S, D], k and v [B, Hkv, T, D], valid [B, T]."""
+    scale, causal, window, softcap = settings
+    repeats = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(repeats, 1).transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    distance = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+    seen = valid[:, None, None, :].bool()
+    if causal:
+        seen = seen & (distance >= 0)
+    if window:
+        seen = seen & (distance < window)
+    scores = scores.masked_fill(~seen, -1e9)
+    if sinks is not None:
+        sinks_BHS1 = sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks_BHS1], -1)
+    weights = scores.softmax(-1)[..., : k.shape[2]]
+    return (weights @ v.repeat_interleave(repeats, 1)).transpose(1, 2)
+
+
+_FUNCTIONS = (
+    *(aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default),
+    *(aten.tanh.default, aten.exp.default, aten.rsqrt.default, aten.sqrt.default),
+    *(aten.cos.default, aten.sin.default, aten.abs.default, aten.square.default),
+    *(aten.reciprocal.default, aten.log.default, aten.log1p.default, aten.expm1.default),
+    *(aten.erf.default, aten.softplus.default, aten.floor.default, aten.hardtanh.default),
+    *(aten.leaky_relu.default, aten.elu.default, aten.mish.default, aten.relu6.default),
+    *(aten.neg.default,),
+)
+_WITH_NUMBER = (
+    *(aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar),
+    *(aten.ge.Scalar, aten.pow.Tensor_Scalar, aten.remainder.Scalar, aten.rsub.Scalar),
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
+    *(aten.mul.Scalar, aten.div.Scalar, aten.clamp.default),
+)
+_OF_TWO = (
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
+    *(aten.maximum.default, aten.minimum.default, aten.pow.Tensor_Tensor),
+    *(aten.floor_divide.default, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor),
+    *(aten.ge.Tensor,),
+)
+_OF_TWO_INTEGERS = (
+    *(aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor),
+    *(aten.bitwise_or.Tensor, aten.logical_and.default, aten.eq.Tensor, aten.ne.Tensor),
+)
+_CASTS = {
+    aten.to.dtype: ((torch.float32,), {}),
+    aten.to.device: ((torch.device("cpu"), torch.float32), {}),
+    aten.to.dtype_layout: ((), {"dtype": torch.float32, "layout": torch.strided}),
+    aten._to_copy.default: ((), {"dtype": torch.float32}),
+}
+
+POINTWISE = (
+    *(Sample(op, lambda b, s: (x(b, s, 6),)) for op in _FUNCTIONS),
+    *(Sample(op, lambda b, s: (x(b, s, 4, 6), 2)) for op in _WITH_NUMBER),
+    *(Sample(op, lambda b, s: (x(b, s, 4, 6), x(b, s, 4, 6))) for op in _OF_TWO),
+    *(Sample(op, lambda b, s: (x(b, s, 4, 6), x(6))) for op in _OF_TWO),
+    *(Sample(op, lambda b, s: (x(b, 1, 6), x(b, s, 4, 1))) for op in _OF_TWO),
+    *(Sample(op, lambda b, s: (x(), x(s, 6))) for op in _OF_TWO),
+    *(Sample(op, lambda b, s: (i(b, s, 6), i(b, s, 6))) for op in _OF_TWO_INTEGERS),
+    *(Sample(op, lambda b, s: (i(4, 1), i(b, s, 1, 6))) for op in _OF_TWO_INTEGERS),
+    *(
+        Sample(op, lambda b, s, more=more: (x(b, s, 6), *more), kwargs)
+        for op, (more, kwargs) in _CASTS.items()
+    ),
+    Sample(aten.add.Tensor, lambda b, s: (x(b, s, 6), x(b, s, 6)), {"alpha": 2.0}),
+    Sample(aten.pow.Tensor_Scalar, lambda b, s: (x(b, s, 6), 3)),
+    Sample(aten.pow.Scalar, lambda b, s: (2.0, x(b, s, 6))),
+    Sample(aten.bitwise_not.default, lambda b, s: (i(b, s, 6),)),
+    Sample(aten.logical_not.default, lambda b, s: (m(b, s, 6),)),
+    Sample(aten.type_as.default, lambda b, s: (x(b, s, 6), x(b, s, 6).float())),
+    Sample(aten.type_as.default, lambda b, s: (x(b, s, 6), x(4, 12).float())),
+    Sample(aten.masked_fill.Scalar, lambda b, s: (x(b, 4, s, 6), m(b, 1, s, 6), -9.0)),
+    Sample(aten.masked_fill.Scalar, lambda b, s: (x(b, 4, s, 6), m(4, 1, 1), -9.0)),
+    Sample(aten.masked_fill.Tensor, lambda b, s: (x(b, 4, s, 6), m(b, 1, s, 6), x())),
+    Sample(aten.where.self, lambda b, s: (m(b, s, 6), x(b, s, 6), x(b, s, 6))),
+    Sample(aten.where.self, lambda b, s: (m(4, 1), x(b, s, 1, 6), x())),
+    Sample(aten.where.ScalarOther, lambda b, s: (m(b, s, 6), x(4, 1, 1, 6), 2.0)),
+    Sample(aten.where.ScalarSelf, lambda b, s: (m(s, 6), 2.0, x(b, s, 6))),
+)
+
+ALONG = (
+    Sample(aten.softmax.int, lambda b, s: (x(b, s, 4, 6), -1)),
+    Sample(aten.softmax.int, lambda b, s: (x(b, s, 4, 6), 2)),
+    Sample(aten._softmax.default, lambda b, s: (x(b, 4, s, 6), -1, False)),
+    Sample(aten.cumsum.default, lambda b, s: (x(b, s, 4, 6), -1)),
+    Sample(aten.cumsum.default, lambda b, s: (x(b, s, 6), 1)),
+    Sample(aten.layer_norm.default, lambda b, s: (x(b, s, 4, 6), [6], x(6), x(6))),
+    Sample(aten.layer_norm.default, lambda b, s: (x(b, s, 2, 6), [2, 6], x(2, 6))),
+    Sample(aten.layer_norm.default, lambda b, s: (x(b, s, 4, 6), [6])),
+    Sample(aten.rms_norm.default, lambda b, s: (x(b, s, 4, 6), [6], x(6), 1e-5)),
+    Sample(aten.mean.dim, lambda b, s: (x(b, s, 4, 6), [-1], True)),
+    Sample(aten.mean.dim, lambda b, s: (x(b, s, 4, 6), [2])),
+    Sample(aten.mean.dim, lambda b, s: (x(b, s, 4, 6), [1, 2])),
+    Sample(aten.amax.default, lambda b, s: (x(b, s, 4, 6), [-1], True)),
+    Sample(aten.amax.default, lambda b, s: (x(b, s, 4, 6), [0, 2])),
+    Sample(aten.amax.default, lambda b, s: (x(b, s, 6),)),
+    Sample(aten.std.dim, lambda b, s: (x(b, s, 4, 6), [-1], True)),
+    Sample(aten.std.dim, lambda b, s: (x(b, s, 4, 6), [2], False, True)),
+    Sample(aten.sum.dim_IntList, lambda b, s: (x(b, s, 4, 6), [-1])),
+    Sample(aten.sum.dim_IntList, lambda b, s: (x(b, s, 4, 6), [1, 2], True)),
+    Sample(aten.sum.dim_IntList, lambda b, s: (x(b, s, 4, 6), [0, 2])),
+    Sample(aten.sum.dim_IntList, lambda b, s: (x(4, 6), [])),
+    Sample(aten.sum.dim_IntList, lambda b, s: (x(4, 6), None)),
+)
+
+CONTRACTION = (
+    Sample(aten.linear.default, lambda b, s: (x(b, s, 6), x(4, 6))),
+    Sample(aten.linear.default, lambda b, s: (x(b, s, 6), x(4, 6), x(4))),
+    Sample(aten.linear.default, lambda b, s: (x(b, s, 4, 6), x(12, 6), x(12))),
+    Sample(aten.mm.default, lambda b, s: (x(12, 6), x(6, 4))),
+    Sample(aten.matmul.default, lambda b, s: (x(b, s, 6), x(6, 4))),
+    Sample(aten.matmul.default, lambda b, s: (x(b, 4, s, 6), x(b, 4, 6, s))),
+    Sample(aten.matmul.default, lambda b, s: (x(b, 4, s, 6), x(6, 12))),
+    Sample(aten.matmul.default, lambda b, s: (x(12, 6), x(4, 6, 2))),
+    Sample(aten.matmul.default, lambda b, s: (x(b, 1, s, 6), x(4, 6, 2))),
+    Sample(aten.matmul.default, lambda b, s: (x(4, 6), x(6))),
+    Sample(aten.matmul.default, lambda b, s: (x(6), x(6, 4))),
+    Sample(aten.matmul.default, lambda b, s: (x(6), x(6))),
+    Sample(aten.bmm.default, lambda b, s: (x(b * 4, s, 6), x(b * 4, 6, s))),
+    Sample(aten.bmm.default, lambda b, s: (x(4, 2, 6), x(4, 6, 3))),
+    Sample(
+        aten.baddbmm.default,
+        lambda b, s: (x(b * 4, 1, s), x(b * 4, s, 6), x(b * 4, 6, s)),
+        {"beta": 0.5, "alpha": 2.0},
+    ),
+    Sample(aten.baddbmm.default, lambda b, s: (x(4, 2, 3), x(4, 2, 6), x(4, 6, 3))),
+    Sample(aten.baddbmm.default, lambda b, s: (x(3), x(4, 2, 6), x(4, 6, 3))),
+    Sample(aten.addmm.default, lambda b, s: (x(4), x(b * s, 6), x(6, 4))),
+    Sample(aten.addmm.default, lambda b, s: (x(2, 1), x(2, 6), x(6, 4))),
+)
+
+_SDPA = aten.scaled_dot_product_attention.default
+_SETTINGS = (0.4, True, 2, 5.0)
+ATTENTIONS = (
+    *(
+        Sample(
+            ATTENTION,
+            lambda b, s, h=h, kv=kv, sinks=sinks: (
+                *(x(b, h, s, 6), x(b, kv, s, 6), x(b, kv, s, 2), torch.ones(b, s)),
+                *(x(h) if sinks else None, *_SETTINGS),
+            ),
+            kernel=attend,
+        )
+        for h, kv, sinks in ((4, 2, False), (6, 3, True), (2, 2, True), (4, 1, False))
+    ),
+    Sample(_SDPA, lambda b, s: (x(b, 6, s, 4), x(b, 6, s, 4), x(b, 6, s, 2))),
+    Sample(
+        _SDPA,
+        lambda b, s: (x(b, 4, s, 6), x(b, 2, s, 6), x(b, 2, s, 6), None, 0.0, True),
+        {"enable_gqa": True},
+    ),
+    *(
+        Sample(_SDPA, lambda b, s, shape=shape: (*(x(b, 4, s, 6) for _ in "qkv"), x(*shape(b, s))))
+        for shape in (
+            lambda b, s: (b, 4, s, s),
+            lambda b, s: (b, 1, s, s),
+            lambda b, s: (s, s),
+            lambda b, s: (4, s, s),
+        )
+    ),
+    Sample(_SDPA, lambda b, s: (x(b, 4, s, 6), x(b, 4, 4, 6), x(b, 4, 4, 6), x(4))),
+)
+
+SOURCE = (
+    Sample(aten.arange.default, lambda b, s: (6,)),
+    Sample(aten.arange.start, lambda b, s: (1, 6)),
+    Sample(aten.arange.start_step, lambda b, s: (0, 12, 2)),
+    Sample(aten.full.default, lambda b, s: ([4, 6], 1.0)),
+    Sample(aten.zeros.default, lambda b, s: ([4, 6],)),
+    Sample(aten.ones.default, lambda b, s: ([4, 6],)),
+    Sample(aten.scalar_tensor.default, lambda b, s: (2.0,)),
+    Sample(aten.lift_fresh_copy.default, lambda b, s: (x(4, 6),)),
+    Sample(aten.embedding.default, lambda b, s: (x(12, 6), i(b, s).abs())),
+    Sample(aten.new_ones.default, lambda b, s: (x(b, s, 6), [4, 6])),
+    Sample(aten.new_zeros.default, lambda b, s: (x(b, s, 6), [4, 6])),
+    Sample(aten.new_full.default, lambda b, s: (x(b, s, 6), [4, 6], 2.0)),
+)
+
+# Rules without a sample -> why.
+EXEMPT = {
+    **dict.fromkeys((operator.add, operator.sub, operator.mul, operator.floordiv), "on sizes only"),
+    **dict.fromkeys((operator.eq, operator.ge, operator.gt, operator.le), "on sizes only"),
+    **dict.fromkeys((operator.lt, operator.neg), "on sizes only"),
+    aten.sym_size.int: "yields a size",
+    aten.empty.memory_format: "yields no defined value",
+    operator.getitem: "takes a list of results; tested with the operators that yield one",
+}
