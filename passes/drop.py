@@ -105,7 +105,7 @@ class _Dropper:
         self.pending: dict[str, str] = {}
 
     def drop(self, part: Part, names: frozenset[str]) -> Part:
-        """The part without the named points, reading pending values where earlier parts left any."""
+        """The part without the named points; reads what earlier parts left pending."""
         pending = frozenset(name for name, value in part.inputs.items() if value in self.pending)
         if not names and not pending:
             return part

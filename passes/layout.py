@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ class Layout:
         """
         starts = [0, *(np.flatnonzero(np.diff(self.owners) < 0) + 1), len(self.owners)]
         runs = []
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in pairwise(starts):
             each, rest = divmod(int(stop - start), self.num_units)
             expected = np.repeat(np.arange(self.num_units), each)
             if rest or not np.array_equal(self.owners[start:stop], expected):
@@ -142,7 +143,7 @@ class ShardSpec:
 def even_split(num_units: int, tp: int) -> Assignment:
     """Units in order over the ranks; the first `num_units % tp` ranks get one more."""
     bounds = [rank * (num_units // tp) + min(rank, num_units % tp) for rank in range(tp + 1)]
-    return tuple(tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(tuple(range(a, b)) for a, b in pairwise(bounds))
 
 
 def shard_spec(layout: Layout, dim: int, assignment: Assignment) -> ShardSpec:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,12 +13,26 @@ from torch._C import (
     DispatchKeySet,
     _after_autograd_keyset,
     _AutoDispatchBelowAutograd,
+    _dispatch_tls_local_exclude_set,
+    _dispatch_tls_local_include_set,
     _ExcludeDispatchKeyGuard,
+    _ForceDispatchKeyGuard,
 )
 from torch._C._functorch import is_batchedtensor, maybe_current_level, maybe_get_level
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd.function import _SingleLevelFunction
+
+
+def define_copy(library: torch.library.Library, op: OpOverload) -> OpOverload:
+    """Defines an operator of the same name, schema and meaning, which can get a vmap rule.
+
+    Outside vmap it becomes `op` when traced: it is one of the composite operators.
+    """
+    schema = str(op._schema).removeprefix(f"{op.namespace}::")
+    name = library.define(schema)
+    library.impl(name, op, "CompositeImplicitAutograd")
+    return getattr(getattr(torch.ops, library.ns), name).default
 
 
 def register_autograd(
@@ -40,7 +55,9 @@ def register_autograd(
 
     def forward(ctx: Any, keyset: DispatchKeySet, *inputs: Any) -> Any:
         save(ctx, *inputs)
-        return _below_autograd(op, keyset, inputs)
+        # A Function's forward runs without gradients, which would hold for outer levels too.
+        with torch.enable_grad():
+            return _below_autograd(op, keyset, inputs)
 
     def backward_all(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         return None, *backward(ctx, *grads)
@@ -61,6 +78,17 @@ def register_autograd(
 def _below_autograd(op: OpOverload, keyset: DispatchKeySet, inputs: tuple[Any, ...]) -> Any:
     with _AutoDispatchBelowAutograd():
         return op.redispatch(keyset & _after_autograd_keyset, *inputs)
+
+
+@contextmanager
+def autograd_in_kernel() -> Iterator[None]:
+    """Records gradients inside a kernel, which otherwise runs below autograd."""
+    excluded = _dispatch_tls_local_exclude_set()
+    for key in (DispatchKey.AutogradFunctionality, DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = _dispatch_tls_local_include_set()
+    with _ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def register_unbatched_vmap(

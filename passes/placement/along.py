@@ -38,11 +38,15 @@ class Along:
 
     def follow(self, call: Call, channels: Channels) -> Tensor | None:
         """All channels along the dims belong together."""
-        ids = call.operands()[0].ids
-        if ids is None:
-            return None
-        merged = channels.merge_along(ids, self.dims(call))
-        return merged.reshape(call.out_shape) if self.reduces else merged.expand_as(ids)
+        first, *weights = call.operands()
+        merged = None
+        if first.ids is not None:
+            along = channels.merge_along(first.ids, self.dims(call))
+            merged = along.reshape(call.out_shape) if self.reduces else along.expand(first.shape)
+        for operand in weights:
+            if operand.ids is not None:
+                merged = channels.merge(merged, operand.ids.expand(call.out_shape))
+        return merged
 
     def place(self, call: Call) -> Placed | None:
         """A split along any other dim stays; the weights of a norm stay whole."""
@@ -69,9 +73,11 @@ class Along:
 
 
 def _argument(call: Call) -> tuple[int, ...]:
-    """The dims given as second argument, an int or a list."""
+    """The dims given as second argument, an int or a list; none given means all of them."""
     ndim = len(call.operands()[0].shape)
-    given = call.args[1] if len(call.args) > 1 else list(range(ndim))
+    given = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim")
+    if given is None or given == []:
+        return tuple(range(ndim))
     return tuple(dim % ndim for dim in (given if isinstance(given, list | tuple) else [given]))
 
 

@@ -56,10 +56,13 @@ class MatMul:
     ) -> Tensor | None:
         left = right = None
         if a.ids is not None:
-            left = channels.merge_along(a.ids, (a.ids.dim() - 1,)).expand(shape)
+            left = channels.merge_along(a.ids, (a.ids.dim() - 1,))
+            left = (left.squeeze(-1) if len(b.shape) == 1 else left).expand(shape)
         if b.ids is not None:
             right = b.ids.transpose(-1, -2) if self.transposed else b.ids
-            right = channels.merge_along(right, (right.dim() - 2,)).expand(shape)
+            contracted = max(right.dim() - 2, 0)
+            right = channels.merge_along(right, (contracted,))
+            right = (right.squeeze(contracted) if len(a.shape) == 1 else right).expand(shape)
         return channels.merge(left, right)
 
     def place(self, call: Call) -> Placed | None:
@@ -79,6 +82,8 @@ class MatMul:
                 return placed(R)
             case (Partial(), Replicate()) | (Replicate(), Partial()):
                 return placed(P)
+            case _ if len(a.shape) < 2 or len(b.shape) < 2:
+                return None
             case Shard(i, x), Shard(j, y) if i == len(a.shape) - 1 and j == contracted:
                 return placed(P) if x == y else None
             case Shard(i, x), Replicate() if i < len(a.shape) - 1 and self._unbatched(b):
@@ -116,7 +121,7 @@ class MatMul:
         if total is None:
             return None
         position = 0 if self.first else self.first + 2
-        cuts = {position: cut for index, cut in total.cuts.items() if index == 1}
+        cuts = {position: total.cuts[1]} if 1 in total.cuts else {}
         if len(cuts) != len(total.cuts):
             return None
         return Placed(total.out, {**product.cuts, **cuts})

@@ -42,7 +42,7 @@ class Movement:
         operands = call.operands()
         if all(operand.ids is None for operand in operands):
             return None
-        return call.run([no_ids(o.shape) if o.ids is None else o.ids for o in operands])
+        return _move(call, [no_ids(o.shape) if o.ids is None else o.ids for o in operands])
 
     def place(self, call: Call) -> Placed | None:
         """All replicated, all partial, or all split in one region."""
@@ -54,7 +54,7 @@ class Movement:
             return placed(P)
         if kinds != {Shard} or len({o.placement.layout.region for o in operands}) > 1:
             return None
-        moved = call.run([owner_tensor(operand) for operand in operands])
+        moved = _move(call, [owner_tensor(operand) for operand in operands])
         layout = operands[0].placement.layout
         pieces = moved if isinstance(moved, list | tuple) else [moved]
         shards = [split_of(piece, layout) for piece in pieces]
@@ -81,6 +81,11 @@ class Movement:
             if not (isinstance(sizes[out.dim], int) and sizes[out.dim] == -1):
                 sizes[out.dim] = resize.size(sizes[out.dim], out.layout)
             arguments[1] = sizes
+        elif call.target is aten.unflatten.int and isinstance(out, Shard):
+            arguments[2] = _unflattened(list(args[2]), out.dim - _dim_of(call), out, resize)
+        elif call.target in _SQUEEZES and resize.size(len(source.layout), source.layout) == 1:
+            if call.target is aten.squeeze.default or _dim_of(call) == source.dim:
+                raise UnevenLayoutError("a squeeze would drop a split dim with one index a rank")
         elif call.target in _CUTS and _dim_of(call) == source.dim:
             _CUTS[call.target](arguments, source.layout, out, resize)
         return tuple(arguments)
@@ -107,12 +112,28 @@ class Resize:
         return layout.local_offset(index, self.units_per_rank[layout.region])
 
 
+def _move(call: Call, tensors: list[Tensor]) -> Any:
+    """Runs the operator on small tensors."""
+    moved = call.run(tensors)
+    # A batch or length of 1 is squeezed away here, but not in the program.
+    return moved.reshape(call.out_shape) if call.target in _SQUEEZES else moved
+
+
+def _unflattened(sizes: list[Any], position: int, out: Shard, resize: Resize) -> list[Any]:
+    """The sizes of unflatten(x, dim, sizes) with the split one made local."""
+    if 0 <= position < len(sizes) and not (
+        isinstance(sizes[position], int) and sizes[position] == -1
+    ):
+        sizes[position] = resize.size(sizes[position], out.layout)
+    return sizes
+
+
 def _cut_slice(args: list[Any], layout: Layout, _: Any, resize: Resize) -> None:
-    """slice(x, dim, start, end, step=1)."""
+    """slice(x, dim, start, end, step=1); an end beyond the dim holds for a folded batch too."""
     if len(args) > 4 and args[4] != 1:
         raise UnevenLayoutError("a strided slice along a split dim")
     for position in range(2, min(len(args), 4)):
-        if args[position] is not None:
+        if args[position] is not None and args[position] <= len(layout):
             args[position] = resize.offset(args[position], layout)
 
 
@@ -134,7 +155,7 @@ def _cut_size(args: list[Any], _: Layout, out: list[Shard], resize: Resize) -> N
 
 def _dim_of(call: Call) -> int:
     """The dim that a slicing operator works on."""
-    position = 1 if call.target in (aten.slice.Tensor, aten.narrow.default) else 2
+    position = 2 if call.target in _DIM_IS_THIRD else 1
     dim = call.args[position] if len(call.args) > position else call.kwargs.get("dim", 0)
     return dim % len(call.operands()[0].shape)
 
@@ -183,12 +204,15 @@ MOVES = (
     *(aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.cat.default),
     *(aten.stack.default, aten.repeat_interleave.self_int, aten.repeat.default),
     *(aten.broadcast_to.default, aten.detach.default, aten.dropout.default),
+    *(aten.lift_fresh_copy.default,),
 )
 # Operators with the result's sizes as second argument.
 _SIZED = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default),
     *(aten.broadcast_to.default,),
 )
+_SQUEEZES = (aten.squeeze.dim, aten.squeeze.default)
+_DIM_IS_THIRD = (aten.split.Tensor, aten.split_with_sizes.default)
 _CUTS = {
     aten.slice.Tensor: _cut_slice,
     aten.narrow.default: _cut_narrow,

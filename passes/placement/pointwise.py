@@ -44,6 +44,19 @@ class Pointwise:
         return match_rows(self.table, call.operands(), len(call.out_shape))
 
 
+@dataclass(frozen=True, slots=True)
+class Cast(Pointwise):
+    """Rule of an elementwise operator that reads only the dtype of its second operand."""
+
+    def follow(self, call: Call, channels: Channels) -> Tensor | None:
+        """The first operand's channels."""
+        return call.operands()[0].ids
+
+    def place(self, call: Call) -> Placed | None:
+        """Matches the rows with the first operand; the other need not even have its shape."""
+        return match_rows(self.table, call.operands()[:1], len(call.out_shape))
+
+
 _UNARY = (
     *(aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default),
     *(aten.tanh.default, aten.exp.default, aten.rsqrt.default, aten.sqrt.default),
@@ -63,11 +76,12 @@ _BINARY = (
     *(aten.ge.Tensor, aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor),
     *(aten.bitwise_or.Tensor, aten.logical_and.default, aten.where.self),
     *(aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Tensor),
-    *(aten.type_as.default, aten.floor_divide.default, aten.remainder.Scalar),
+    *(aten.floor_divide.default, aten.remainder.Scalar),
 )
 
 RULES = {
     **{op: Pointwise(ELEMENTWISE) for op in (*_UNARY, *_BINARY)},
+    aten.type_as.default: Cast(ELEMENTWISE),
     aten.neg.default: Pointwise(LINEAR),
     aten.add.Tensor: Pointwise(ADDITIVE),
     aten.sub.Tensor: Pointwise(ADDITIVE),

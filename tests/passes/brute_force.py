@@ -8,7 +8,7 @@ be the whole result. A rule sees batch and sequence length 1, the simulation oth
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree  # noqa: PLC2701
+from torch.utils import _pytree as pytree
 
 from spdcompile.passes.layout import Layout, ShardSpec, UnevenLayoutError, shard_spec
 from spdcompile.passes.placement.movement import Movement, Resize
 from spdcompile.passes.placement.types import Call, Operand, P, Placed, R, Replicate, Shard
 
 RANKS = (0, 1)
-BATCH, LENGTH = 2, 3
+BATCH, LENGTH = 2, 5
 # Units are neither contiguous on a rank nor equally many: 3 units leave a padded one on rank 1.
 ASSIGNMENTS = {2: ((1,), (0,)), 3: ((0, 2), (1,))}
 REGION = "region"
@@ -76,8 +76,9 @@ class Sample:
         parts: list[tuple[Tensor, Tensor] | None] = []
         for whole in self.tensors:
             noise = torch.randn(whole.shape, generator=generator, dtype=torch.float64)
-            pair = (0.6 * whole + noise, 0.4 * whole - noise)
-            parts.append(pair if whole.is_floating_point() else None)
+            noise = noise.to(whole.dtype)
+            floating = whole.is_floating_point()
+            parts.append((0.6 * whole + noise, 0.4 * whole - noise) if floating else None)
         return parts
 
     @cached_property
@@ -149,7 +150,8 @@ def local_answer(rule: Any, call: Call) -> Placed | None:
     answer = rule.place(call)
     if answer is not None and _is_local_movement(rule, call):
         try:
-            rule.localize(call, call.args, answer.out, Resize({REGION: 1}))
+            given = [operand.placement for operand in call.operands()]
+            rule.localize(call, call.args, answer.out, _resize(given))
         except UnevenLayoutError:
             return None
     return answer
@@ -204,21 +206,27 @@ def _right_answer(
     sample: Sample, rule: Any, placements: tuple[Any, ...], num_units: int
 ) -> Any | None:
     """An answer that the simulation would bear out."""
-    shape = sample.seen.out_shape
-    candidates = [R, P, *splits_of(shape, num_units, sample.runs)]
-    for out in candidates:
-        if contradiction(sample, rule, placements, Placed(out, {})) is None:
+    ranks = None
+    for out in (R, P, *splits_of(sample.seen.out_shape, num_units, sample.runs)):
+        try:
+            # Only data movement has other local arguments for other results.
+            if ranks is None or isinstance(rule, Movement):
+                ranks = _simulate(sample, rule, placements, out)
+        except (*_CANNOT_RUN, TypeError, AttributeError):  # `localize` knows no such result
+            if not isinstance(rule, Movement):
+                return None
+            continue
+        pieces = zip(*ranks, sample.whole, strict=True)
+        if all(_combines(out, list(results), whole) for *results, whole in pieces):
             return out
     return None
 
 
-def _simulate(sample: Sample, rule: Any, placements: list[Any], out: Any) -> list[list[Tensor]]:
+def _simulate(sample: Sample, rule: Any, placements: Sequence[Any], out: Any) -> list[list[Tensor]]:
     """Every rank's results."""
-    call, real = sample.seen.with_placements(placements), sample.real
-    units = max((p.layout.num_units for p in placements if isinstance(p, Shard)), default=2)
+    call, real = sample.seen.with_placements(list(placements)), sample.real
     if _is_local_movement(rule, call):
-        resize = Resize({REGION: max(map(len, ASSIGNMENTS[units]))})
-        real = replace(real, args=rule.localize(call, real.args, out, resize))
+        real = replace(real, args=rule.localize(call, real.args, out, _resize(placements)))
     ranks = []
     for rank in RANKS:
         local = [
@@ -229,6 +237,11 @@ def _simulate(sample: Sample, rule: Any, placements: list[Any], out: Any) -> lis
         ]
         ranks.append(sample.run(real, local))
     return ranks
+
+
+def _resize(placements: Sequence[Any]) -> Resize:
+    (units,) = {p.layout.num_units for p in placements if isinstance(p, Shard)}
+    return Resize({REGION: max(map(len, ASSIGNMENTS[units]))})
 
 
 def _is_local_movement(rule: Any, call: Call) -> bool:

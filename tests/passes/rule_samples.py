@@ -34,6 +34,11 @@ def m(*shape: int) -> Tensor:
     return torch.rand(shape) < 0.5
 
 
+def kept(b: int, s: int) -> Tensor:
+    """A padding mask that leaves out the last token."""
+    return (torch.arange(s) < max(s - 1, 1)).expand(b, s)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor, sinks: Tensor | None, *settings: Any
 ) -> Tensor:
@@ -59,22 +64,22 @@ def attend(
 
 _FUNCTIONS = (
     *(aten.silu.default, aten.gelu.default, aten.relu.default, aten.sigmoid.default),
-    *(aten.tanh.default, aten.exp.default, aten.rsqrt.default, aten.sqrt.default),
+    *(aten.tanh.default, aten.exp.default, aten.neg.default),
     *(aten.cos.default, aten.sin.default, aten.abs.default, aten.square.default),
-    *(aten.reciprocal.default, aten.log.default, aten.log1p.default, aten.expm1.default),
+    *(aten.reciprocal.default, aten.expm1.default),
     *(aten.erf.default, aten.softplus.default, aten.floor.default, aten.hardtanh.default),
     *(aten.leaky_relu.default, aten.elu.default, aten.mish.default, aten.relu6.default),
-    *(aten.neg.default,),
 )
+_OF_POSITIVE = (*(aten.rsqrt.default, aten.sqrt.default, aten.log.default, aten.log1p.default),)
 _WITH_NUMBER = (
-    *(aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar),
-    *(aten.ge.Scalar, aten.pow.Tensor_Scalar, aten.remainder.Scalar, aten.rsub.Scalar),
+    *(aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar),
+    *(aten.pow.Tensor_Scalar, aten.remainder.Scalar, aten.rsub.Scalar),
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
     *(aten.mul.Scalar, aten.div.Scalar, aten.clamp.default),
 )
 _OF_TWO = (
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
-    *(aten.maximum.default, aten.minimum.default, aten.pow.Tensor_Tensor),
+    *(aten.maximum.default, aten.minimum.default),
     *(aten.floor_divide.default, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor),
     *(aten.ge.Tensor,),
 )
@@ -91,10 +96,12 @@ _CASTS = {
 
 POINTWISE = (
     *(Sample(op, lambda b, s: (x(b, s, 6),)) for op in _FUNCTIONS),
+    *(Sample(op, lambda b, s: (x(b, s, 6).exp(),)) for op in _OF_POSITIVE),
     *(Sample(op, lambda b, s: (x(b, s, 4, 6), 2)) for op in _WITH_NUMBER),
+    *(Sample(op, lambda b, s: (i(b, s, 6), 2)) for op in (aten.eq.Scalar, aten.ne.Scalar)),
     *(Sample(op, lambda b, s: (x(b, s, 4, 6), x(b, s, 4, 6))) for op in _OF_TWO),
     *(Sample(op, lambda b, s: (x(b, s, 4, 6), x(6))) for op in _OF_TWO),
-    *(Sample(op, lambda b, s: (x(b, 1, 6), x(b, s, 4, 1))) for op in _OF_TWO),
+    *(Sample(op, lambda b, s: (x(b, 1, 1, 6), x(b, s, 4, 1))) for op in _OF_TWO),
     *(Sample(op, lambda b, s: (x(), x(s, 6))) for op in _OF_TWO),
     *(Sample(op, lambda b, s: (i(b, s, 6), i(b, s, 6))) for op in _OF_TWO_INTEGERS),
     *(Sample(op, lambda b, s: (i(4, 1), i(b, s, 1, 6))) for op in _OF_TWO_INTEGERS),
@@ -104,13 +111,14 @@ POINTWISE = (
     ),
     Sample(aten.add.Tensor, lambda b, s: (x(b, s, 6), x(b, s, 6)), {"alpha": 2.0}),
     Sample(aten.pow.Tensor_Scalar, lambda b, s: (x(b, s, 6), 3)),
+    Sample(aten.pow.Tensor_Tensor, lambda b, s: (x(b, s, 4, 6).exp(), x(6))),
     Sample(aten.pow.Scalar, lambda b, s: (2.0, x(b, s, 6))),
     Sample(aten.bitwise_not.default, lambda b, s: (i(b, s, 6),)),
     Sample(aten.logical_not.default, lambda b, s: (m(b, s, 6),)),
     Sample(aten.type_as.default, lambda b, s: (x(b, s, 6), x(b, s, 6).float())),
     Sample(aten.type_as.default, lambda b, s: (x(b, s, 6), x(4, 12).float())),
     Sample(aten.masked_fill.Scalar, lambda b, s: (x(b, 4, s, 6), m(b, 1, s, 6), -9.0)),
-    Sample(aten.masked_fill.Scalar, lambda b, s: (x(b, 4, s, 6), m(4, 1, 1), -9.0)),
+    Sample(aten.masked_fill.Scalar, lambda b, s: (x(b, 4, s, 6), m(4, 1, 6), -9.0)),
     Sample(aten.masked_fill.Tensor, lambda b, s: (x(b, 4, s, 6), m(b, 1, s, 6), x())),
     Sample(aten.where.self, lambda b, s: (m(b, s, 6), x(b, s, 6), x(b, s, 6))),
     Sample(aten.where.self, lambda b, s: (m(4, 1), x(b, s, 1, 6), x())),
@@ -176,7 +184,7 @@ ATTENTIONS = (
         Sample(
             ATTENTION,
             lambda b, s, h=h, kv=kv, sinks=sinks: (
-                *(x(b, h, s, 6), x(b, kv, s, 6), x(b, kv, s, 2), torch.ones(b, s)),
+                *(x(b, h, s, 2), x(b, kv, s, 2), x(b, kv, s, 3), kept(b, s)),
                 *(x(h) if sinks else None, *_SETTINGS),
             ),
             kernel=attend,
@@ -186,11 +194,11 @@ ATTENTIONS = (
     Sample(_SDPA, lambda b, s: (x(b, 6, s, 4), x(b, 6, s, 4), x(b, 6, s, 2))),
     Sample(
         _SDPA,
-        lambda b, s: (x(b, 4, s, 6), x(b, 2, s, 6), x(b, 2, s, 6), None, 0.0, True),
+        lambda b, s: (x(b, 4, s, 2), x(b, 2, s, 2), x(b, 2, s, 2), None, 0.0, True),
         {"enable_gqa": True},
     ),
     *(
-        Sample(_SDPA, lambda b, s, shape=shape: (*(x(b, 4, s, 6) for _ in "qkv"), x(*shape(b, s))))
+        Sample(_SDPA, lambda b, s, shape=shape: (*(x(b, 4, s, 2) for _ in "qkv"), x(*shape(b, s))))
         for shape in (
             lambda b, s: (b, 4, s, s),
             lambda b, s: (b, 1, s, s),
@@ -198,7 +206,6 @@ ATTENTIONS = (
             lambda b, s: (4, s, s),
         )
     ),
-    Sample(_SDPA, lambda b, s: (x(b, 4, s, 6), x(b, 4, 4, 6), x(b, 4, 4, 6), x(4))),
 )
 
 SOURCE = (

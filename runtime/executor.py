@@ -1,0 +1,124 @@
+"""What the two executors share: running a program part by part."""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, fx
+
+import spdcompile.runtime.ops  # noqa: F401  (gives the operators their kernels)
+from spdcompile.passes.base import Part, Program
+from spdcompile.passes.verify import check_collectives
+
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+class Backend(enum.Enum):
+    """What runs a part's graph."""
+
+    EAGER = "eager"
+    INDUCTOR = "inductor"
+
+
+class Executor(ABC):
+    """Runs a program. Parts of equal structure share one function, compiled once.
+
+    Args:
+        program: what to run.
+        tensors: global tensors under their state_dict names.
+        device: where to run.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        tensors: Mapping[str, Tensor],
+        *,
+        backend: Backend,
+        device: torch.device,
+    ) -> None:
+        self.program, self.backend, self.device = program, backend, device
+        self.params = {part.name: self._bind(part, tensors) for part in program.parts}
+        self._functions: dict[fx.GraphModule, Function] = {}
+        self._emitted: dict[fx.GraphModule, int] = {}
+        self._prepare()
+
+    def with_program(self, program: Program) -> Self:
+        """An executor of another program over the same weights, sharing what is compiled.
+
+        Args:
+            program: one that differs from this executor's in its dropped sync points only.
+        """
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.program = program
+        other._prepare()
+        return other
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The logits, [B, S, V].
+
+        Args:
+            inputs: the program's inputs, each int64 [B, S].
+        """
+        env = dict(inputs)
+        self.run_parts(env, self.program.parts)
+        return env[self.program.output]
+
+    def run_parts(self, env: dict[str, Tensor], parts: Iterable[Part]) -> None:
+        """Runs some parts in order; reads their inputs from `env` and adds their outputs to it."""
+        for part in parts:
+            env.update(self.call(part, env))
+
+    def call(
+        self, part: Part, env: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Runs one part.
+
+        Args:
+            params: parameters to use in place of the part's own, by placeholder.
+        """
+        module = self.program.graph_of(part).module
+        given = {**self.params[part.name], **(params or {})}
+        args = [
+            given[node.name] if node.name in given else env[part.inputs[node.name]]
+            for node in module.graph.find_nodes(op="placeholder")
+        ]
+        return dict(zip(part.outputs, self._functions[module](*args), strict=True))
+
+    def _prepare(self) -> None:
+        """Makes the functions of graphs that have none yet; counts their all-reduces."""
+        emitted = {}
+        for part in self.program.parts:
+            module = self.program.graph_of(part).module
+            if module not in self._functions:
+                self._functions[module], self._emitted[module] = self._build(part, module)
+            emitted[part.graph] = self._emitted[module]
+        check_collectives(self.program, emitted)
+
+    def _compile(self, function: Callable[..., Any]) -> Function:
+        if self.backend is Backend.EAGER:
+            return function
+        return torch.compile(function, dynamic=True, fullgraph=True)
+
+    @abstractmethod
+    def _bind(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The part's parameters as this executor's functions take them."""
+
+    @abstractmethod
+    def _build(self, part: Part, module: fx.GraphModule) -> tuple[Function, int]:
+        """The function of a graph, and the number of all-reduces that it emits."""
+
+
+def on_device(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """A copy of a graph whose new tensors are made on `device`; a program itself names none."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    for node in graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = {**node.kwargs, "device": device}
+    return fx.GraphModule(module, graph)

@@ -1,0 +1,66 @@
+"""The process group that torchrun's environment describes, and what its ranks must agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from spdcompile.errors import PlanError, UsageError
+
+COLLECTIVE_TIMEOUT = timedelta(seconds=120)
+
+
+def launched_world_size(environ: Mapping[str, str] = os.environ) -> int:
+    """Number of processes that torchrun started; 1 without torchrun."""
+    return int(environ.get("WORLD_SIZE", "1"))
+
+
+def check_world_size(tp: int, world_size: int) -> None:
+    """Each rank is one process.
+
+    Raises:
+        UsageError: WORLD_SIZE is not tp.
+    """
+    if world_size != tp:
+        raise UsageError(
+            f"WORLD_SIZE={world_size} but tp={tp}.",
+            where="torchrun",
+            found=f"{world_size} processes",
+            needed=f"{tp}, one a rank",
+            fix=f"start it with --nproc-per-node {tp}, or pass executor='local'",
+        )
+
+
+def process_group(device: torch.device) -> dist.ProcessGroup:
+    """The default process group; made from torchrun's environment if there is none yet."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    group = dist.group.WORLD
+    assert group is not None, "init_process_group leaves a default group"
+    return group
+
+
+def agree(group: dist.ProcessGroup, facts: Mapping[str, str]) -> None:
+    """Compares facts (plan hash, dtype, versions) among the ranks before the first step.
+
+    Raises:
+        PlanError: names the fact, and each rank's value of it.
+    """
+    everyone: list[Mapping[str, str]] = [{} for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, dict(facts), group=group)
+    for name in facts:
+        values = [other.get(name, "nothing") for other in everyone]
+        if len(set(values)) > 1:
+            listing = "\n".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise PlanError(
+                f"The ranks do not run the same {name}.",
+                where=f"rank {dist.get_rank(group)}",
+                found=listing,
+                needed=f"one {name} on every rank",
+                fix="start every rank with the same model, plan and versions",
+            )

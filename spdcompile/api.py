@@ -1,0 +1,247 @@
+"""The public face: compile a model, and call what comes out as the model itself is called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from spdcompile.errors import PlanError, UsageError
+from spdcompile.models import resolve_model
+from spdcompile.passes import pipeline
+from spdcompile.passes.base import Positions, Program
+from spdcompile.plan import Plan, attention_points
+from spdcompile.report import Report, build_report
+from spdcompile.runtime import launch
+from spdcompile.runtime.distributed import DistributedExecutor
+from spdcompile.runtime.executor import Backend, Executor
+from spdcompile.runtime.local import LocalExecutor
+from spdcompile.runtime.weights import checkpoint_tensors
+
+ModelLike = PreTrainedModel | PretrainedConfig | str | Path
+
+
+class CompiledModel:
+    """A model split over ranks; called as the Hugging Face model is.
+
+    Args:
+        lowering: the program that runs, and how it came about.
+        executor: what runs it.
+        plan: what was dropped.
+        config: the model's own configuration.
+    """
+
+    def __init__(
+        self,
+        lowering: pipeline.Lowering,
+        executor: Executor,
+        plan: Plan,
+        config: PretrainedConfig,
+    ) -> None:
+        self.lowering, self.executor, self.plan, self.config = lowering, executor, plan, config
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> CausalLMOutputWithPast:
+        """The logits of every position.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: [B, S], nonzero where a token is real; all of them if None.
+            position_ids: int64 [B, S]; numbered as the model itself does if None.
+
+        Returns: an output whose `.logits` is [B, S, V], in the model's dtype.
+
+        Raises:
+            UsageError: a tensor of another shape or kind.
+        """
+        inputs = program_inputs(self.program, input_ids, attention_mask, position_ids)
+        device = self.executor.device
+        on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return CausalLMOutputWithPast(logits=self.executor.run(on_device))
+
+    @property
+    def program(self) -> Program:
+        """The program that runs."""
+        return self.lowering.program
+
+    @cached_property
+    def report(self) -> Report:
+        """What was split, synced, dropped and refused, and why."""
+        return build_report(self.lowering)
+
+
+def compile(
+    model: ModelLike,
+    *,
+    tp: int,
+    spd_mask: Sequence[bool] | Plan | None = None,
+    head_groups: Mapping[int, Sequence[Sequence[int]]] | None = None,
+    executor: str | None = None,
+    backend: str = "inductor",
+    device: torch.device | str | None = None,
+) -> CompiledModel:
+    """Splits a causal LM over `tp` tensor-parallel ranks, drops sync points and makes it callable.
+
+    Args:
+        model: a loaded model, or a local directory with config.json and safetensors.
+        tp: number of ranks.
+        spd_mask: one bool a decoder layer, True drops its attention all-reduce (SPD, arXiv
+            2502.20727); or a Plan, which may drop MLP points too; None drops nothing, and the
+            result equals the model's own up to rounding.
+        head_groups: layer -> tp lists of head group units; other layers split evenly, in order.
+        executor: "local" runs all ranks in this process, "distributed" is one rank of the process
+            group that torchrun started; None chooses by WORLD_SIZE.
+        backend: "inductor" compiles the distinct blocks, "eager" runs them operator by operator.
+        device: where to run; the model's own by default.
+
+    Raises:
+        UsageError: something in the call does not fit the model or the launch.
+        RefusalError: a sync point that cannot be dropped; names it and the reason.
+        CaptureError: the model cannot be captured.
+    """
+    chosen = _choice(Backend, backend, "backend")
+    distributed = _is_distributed(executor)
+    check_tp(tp)
+    if distributed:
+        launch.check_world_size(tp, launch.launched_world_size())
+    loaded = resolve_model(model, weights=True)
+    tensors = checkpoint_tensors(loaded)
+    plan = make_plan(loaded, tp, spd_mask, head_groups)
+    lowering = lower(loaded, plan)
+    where = torch.device(device) if device is not None else loaded.device
+    if distributed:
+        group = launch.process_group(where)
+        launch.agree(group, _facts(plan, loaded))
+        runner: Executor = DistributedExecutor(
+            lowering.program, tensors, backend=chosen, device=where, group=group
+        )
+    else:
+        runner = LocalExecutor(lowering.program, tensors, backend=chosen, device=where)
+    return CompiledModel(lowering, runner, plan, loaded.config)
+
+
+def lower(model: PreTrainedModel, plan: Plan) -> pipeline.Lowering:
+    """Runs the whole pipeline for a model and a plan."""
+    lowering = pipeline.start(model)
+    lowering = pipeline.advance(lowering, pipeline.preserving(plan.tp, plan.head_groups))
+    return pipeline.advance(lowering, pipeline.changing(plan.dropped))
+
+
+def make_plan(
+    model: PreTrainedModel,
+    tp: int,
+    spd_mask: Sequence[bool] | Plan | None,
+    head_groups: Mapping[int, Sequence[Sequence[int]]] | None,
+) -> Plan:
+    """The plan that a call to `compile` describes.
+
+    Raises:
+        UsageError: the mask does not fit the model.
+        PlanError: the plan was made for another tp or model.
+    """
+    num_layers = model.config.get_text_config().num_hidden_layers
+    if not isinstance(spd_mask, Plan):
+        groups = {
+            layer: tuple(tuple(units) for units in ranks)
+            for layer, ranks in (head_groups or {}).items()
+        }
+        return Plan(tp, num_layers, attention_points(spd_mask, num_layers), groups)
+    if head_groups is not None:
+        raise UsageError("A Plan brings its own head groups.", where="head_groups")
+    if (spd_mask.tp, spd_mask.num_layers) != (tp, num_layers):
+        raise PlanError(
+            "The plan was made for something else.",
+            found=f"a plan for tp={spd_mask.tp} and {spd_mask.num_layers} layers",
+            needed=f"tp={tp} and {num_layers} layers",
+        )
+    return spd_mask
+
+
+def check_tp(tp: int) -> None:
+    """Raises UsageError unless tp is a whole number of at least 1."""
+    if not isinstance(tp, int) or isinstance(tp, bool) or tp < 1:
+        raise UsageError(f"tp={tp!r} is no number of ranks.", where="tp", needed="an int >= 1")
+
+
+def program_inputs(
+    program: Program,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """A program's three inputs, those that are absent filled in as the model itself would.
+
+    Raises:
+        UsageError: a tensor of another shape or kind.
+    """
+    _check_ids("input_ids", input_ids, None)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    _check_ids("attention_mask", mask, input_ids)
+    mask = mask.to(torch.long)
+    if position_ids is None:
+        position_ids = _positions(program, input_ids, mask)
+    _check_ids("position_ids", position_ids, input_ids)
+    values = (input_ids, mask, position_ids)
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {name: value.contiguous() for name, value in zip(names, values, strict=True)}
+
+
+def _positions(program: Program, input_ids: Tensor, mask: Tensor) -> Tensor:
+    if program.positions is Positions.FROM_MASK:
+        return mask.cumsum(1) * mask - 1
+    length = input_ids.shape[1]
+    return torch.arange(length, device=input_ids.device).expand_as(input_ids)
+
+
+def _check_ids(name: str, tensor: Tensor, like: Tensor | None) -> None:
+    shape = tuple(tensor.shape)
+    wrong_shape = tensor.dim() != 2 if like is None else shape != tuple(like.shape)
+    if wrong_shape or tensor.is_floating_point() or 0 in shape:
+        raise UsageError(
+            f"{name} does not fit.",
+            where=name,
+            found=f"{str(tensor.dtype).removeprefix('torch.')} {list(shape)}",
+            needed="whole numbers [batch, length]" if like is None else f"{list(like.shape)}",
+        )
+
+
+def _is_distributed(executor: str | None) -> bool:
+    if executor is None:
+        return launch.launched_world_size() > 1
+    if executor not in ("local", "distributed"):
+        raise UsageError(
+            f"There is no executor {executor!r}.",
+            where="executor",
+            needed="'local', 'distributed' or None",
+        )
+    return executor == "distributed"
+
+
+def _choice(kind: type[Backend], value: str, where: str) -> Backend:
+    names = [member.value for member in kind]
+    if value not in names:
+        raise UsageError(
+            f"There is no {where} {value!r}.", where=where, needed=" or ".join(map(repr, names))
+        )
+    return kind(value)
+
+
+def _facts(plan: Plan, model: PreTrainedModel) -> dict[str, str]:
+    return {
+        "plan": plan.content_hash,
+        "dtype": str(model.dtype),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "config": model.config.to_json_string(),
+    }
