@@ -21,9 +21,8 @@ import torch
 from torch import fx
 
 from spdcompile.passes.base import add_call, module_path
-from spdcompile.passes.concrete import call_of
+from spdcompile.passes.linearity import carries, is_size, tensor_args
 from spdcompile.passes.ops import SYNC
-from spdcompile.passes.placement import RULES
 from spdcompile.passes.placement.types import P, R, V
 
 aten = torch.ops.aten
@@ -178,10 +177,10 @@ class PendingRewriter:
         return add_call(self.new, node.target, args, node.meta, node.kwargs)
 
     def _step(self, node: fx.Node) -> Value:
-        if _is_size(node):
+        if is_size(node):
             return self._size(node)
         pending = [a for a in node.all_input_nodes if isinstance(self.env[a], Pending)]
-        if not pending or not self._carries(node, frozenset(pending)):
+        if not pending or not carries(node, frozenset(pending)):
             return self._copy_settled(node)
         if len(tensor_args(node)) > 1 and node.target is aten.add.Tensor:
             return self._add(node)
@@ -235,26 +234,10 @@ class PendingRewriter:
     def _settle_early(self, node: fx.Node, value: Value) -> Value:
         """Settles a kept value at once if some reader needs the sum: all read the same sum."""
         if isinstance(value, Pending) and value.kept:
-            readers = [u for u in node.users if u.op != "output" and not _is_size(u)]
-            if not all(self._could_carry(user, node) for user in readers):
+            readers = [u for u in node.users if u.op != "output" and not is_size(u)]
+            if not all(carries(user, frozenset({node})) for user in readers):
                 return self._settle(value)
         return value
-
-    def _carries(self, node: fx.Node, pending: frozenset[fx.Node]) -> bool:
-        """Whether the operator is linear in its pending operands, taken together."""
-        tensors = tensor_args(node)
-        if len(tensors) > 1 and node.target is aten.add.Tensor:
-            shape = node.meta["val"].shape
-            same = all(arg.meta["val"].shape == shape for arg in pending)
-            return same and not node.kwargs and _places(node, frozenset(tensors))
-        if len(pending) > 1 or len(tensor_args(node)) != len(set(tensor_args(node))):
-            return False
-        others = [arg for arg in tensors if arg not in pending]
-        steady = all(arg.op == "placeholder" for arg in others)
-        return steady and _places(node, pending)
-
-    def _could_carry(self, user: fx.Node, node: fx.Node) -> bool:
-        return self._carries(user, frozenset({node}))
 
     def _settle(self, value: Pending) -> fx.Node:
         """R + the sum of P over the ranks."""
@@ -296,8 +279,8 @@ class PendingRewriter:
                 results.append(self.plain(arg))
             if results[-1] in self.varies:
                 raise LeakError(self._leak_text(results[-1], arg))
-        for number, (position, partial) in enumerate(extra):
-            self.partial_outputs[position] = len(results) + number
+        positions = [position for position, _ in extra]
+        self.partial_outputs = {p: len(results) + n for n, p in enumerate(positions)}
         self.new.output((*results, *(partial for _, partial in extra)))
 
     def _leak_text(self, varying: fx.Node, arg: fx.Node) -> str:
@@ -312,30 +295,3 @@ class PendingRewriter:
         new = self.new.placeholder(name)
         new.meta = {**node.meta, "placement": placement}
         return new
-
-
-def _is_size(node: fx.Node) -> bool:
-    return not isinstance(node.meta["val"], torch.Tensor | list | tuple)
-
-
-def _places(node: fx.Node, partial: frozenset[fx.Node]) -> bool:
-    """Whether the operator's rule lets partial sums through at the given operands."""
-    rule = RULES.get(node.target)
-    if rule is None:
-        return False
-    call = call_of(node, lambda arg: (P if arg in partial else R, None))
-    answer = rule.place(call)
-    return answer is not None and answer.out == P and not answer.cuts
-
-
-def tensor_args(node: fx.Node) -> list[fx.Node]:
-    """The tensor operands of a node in the order of `Call.operands`, repetitions included."""
-    found: list[fx.Node] = []
-
-    def visit(arg: fx.Node) -> fx.Node:
-        if isinstance(arg.meta["val"], torch.Tensor | list | tuple):
-            found.append(arg)
-        return arg
-
-    fx.map_arg((node.args, dict(node.kwargs)), visit)
-    return found

@@ -134,6 +134,14 @@ def advance(lowering: Lowering, steps: Iterable[Step]) -> Lowering:
     return Lowering(program, tuple(records))
 
 
+def lower(
+    model: PreTrainedModel, tp: int, head_groups: HeadGroups, points: frozenset[PointName]
+) -> Lowering:
+    """The whole pipeline: from a model to the program that every rank runs."""
+    lowering = advance(start(model), preserving(tp, head_groups))
+    return advance(lowering, changing(points))
+
+
 def _record(name: str, numerics: Numerics, began: float, result: PassResult) -> PassRecord:
     seconds = time.perf_counter() - began
     graphs = [block.module.graph for block in result.program.graphs.values()]

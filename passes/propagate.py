@@ -31,8 +31,8 @@ from spdcompile.passes.base import (
 )
 from spdcompile.passes.concrete import call_of
 from spdcompile.passes.layout import Assignment, Layout, UnevenLayoutError, shard_spec
+from spdcompile.passes.linearity import tensor_args
 from spdcompile.passes.ops import GATHER, TAKE
-from spdcompile.passes.pending import tensor_args
 from spdcompile.passes.placement import RULES
 from spdcompile.passes.placement.movement import Movement, Resize
 from spdcompile.passes.placement.types import Call, P, Placed, R, Shard, placed

@@ -7,9 +7,10 @@ that every output is the same on every rank. It is differentiable and runs under
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from spdcompile.passes.base import Part
 from spdcompile.passes.ops import SYNC
@@ -33,8 +34,38 @@ class LocalExecutor(Executor):
         lowered = _decomposed(on_device(module, self.device))
         mapped = lowered
         if any(dim is not None for dim in in_dims):
-            mapped = torch.vmap(lowered, in_dims, out_dims)
+            mapped = _calling(_Ranks(lowered, in_dims, out_dims), module)
         return self._compile(mapped), count_sync_nodes(lowered, SYNC)
+
+
+class _Ranks(nn.Module):
+    """All ranks' run of a graph.
+
+    Args:
+        in_dims: per input, 0 if the ranks' values are stacked, None if all ranks share it.
+        out_dims: the same for the outputs; vmap raises if a shared one differs by rank.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, in_dims: tuple[int | None, ...], out_dims: tuple[Any, ...]
+    ) -> None:
+        super().__init__()
+        self.module, self.in_dims, self.out_dims = module, in_dims, out_dims
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return torch.vmap(self.module, self.in_dims, self.out_dims)(*inputs)
+
+
+def _calling(ranks: _Ranks, like: fx.GraphModule) -> fx.GraphModule:
+    """A graph that only calls `ranks` with the inputs of `like`.
+
+    torch.compile keeps its programs by code object; a graph module has one of its own.
+    """
+    graph = fx.Graph()
+    inputs = like.graph.find_nodes(op="placeholder")
+    args = tuple(graph.placeholder(node.name) for node in inputs)
+    graph.output(graph.call_module("ranks", args))
+    return fx.GraphModule({"ranks": ranks}, graph)
 
 
 def _rank_dim(node: fx.Node) -> int | None:
@@ -48,7 +79,17 @@ def _size(tensor: Tensor, dim: int) -> int:
     return tensor.shape[dim]
 
 
-_REPLACEMENTS = {**VMAP_REPLACEMENTS, torch.ops.aten.sym_size.int: _size}
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear, the bias apart: vmap's rule for all three ties a compiled graph to one length."""
+    product = torch.ops.aten.linear.default(x, weight)
+    return product if bias is None else product + bias
+
+
+_REPLACEMENTS = {
+    **VMAP_REPLACEMENTS,
+    torch.ops.aten.sym_size.int: _size,
+    torch.ops.aten.linear.default: _linear,
+}
 
 
 def _decomposed(module: fx.GraphModule) -> fx.GraphModule:

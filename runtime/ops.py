@@ -151,8 +151,7 @@ def _save_attention(ctx: Any, *inputs: Any) -> None:
 
 def _attention_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *dqkv, dsinks = ATTENTION_BACKWARD(grad, *ctx.saved_tensors, *ctx.settings)
-    has_sinks = ctx.saved_tensors[4] is not None
-    return *dqkv, None, dsinks if has_sinks else None, *(None for _ in ctx.settings)
+    return *dqkv, None, None if ctx.saved_tensors[4] is None else dsinks, *[None] * 4
 
 
 def _save_nothing(ctx: Any, *inputs: Any) -> None:

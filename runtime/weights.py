@@ -58,7 +58,9 @@ def bind(
             local = spec.shard(whole)
         else:
             local = spec.shard_of(whole, rank)
-        bound[name] = local.to(device).contiguous()
+        # torch.compile takes the sizes of a Parameter, and of nothing else, for constants.
+        local = local.to(device).contiguous()
+        bound[name] = torch.nn.Parameter(local, requires_grad=False)
     return bound
 
 

@@ -1,5 +1,35 @@
-"""Tensor-parallel compiler for Hugging Face causal LMs with Sync-Point Drop."""
+"""Tensor-parallel compiler for Hugging Face causal LMs with Sync-Point Drop.
+
+The names below are imported when they are first used, so that `import spdcompile` stays light.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "compile": "api",
+    "CompiledModel": "api",
+    "Plan": "plan",
+    "calibrate": "calibration",
+    "distill": "calibration",
+    "Sensitivity": "calibration",
+    "Distilled": "calibration",
+    "DistillSettings": "calibration",
+    "StudentInput": "calibration",
+    "chunks_of": "calibration",
+    "SpdCompileError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spdcompile' has no attribute {name!r}")
+    return getattr(import_module(f"spdcompile.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(["__version__", *_HOMES])

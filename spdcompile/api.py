@@ -15,12 +15,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from spdcompile.errors import PlanError, UsageError
 from spdcompile.models import resolve_model
 from spdcompile.passes import pipeline
-from spdcompile.passes.base import Positions, Program
+from spdcompile.passes.base import Program
 from spdcompile.plan import Plan, attention_points
 from spdcompile.report import Report, build_report
 from spdcompile.runtime import launch
 from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.executor import Backend, Executor
+from spdcompile.runtime.inputs import program_inputs
 from spdcompile.runtime.local import LocalExecutor
 from spdcompile.runtime.weights import checkpoint_tensors
 
@@ -118,7 +119,7 @@ def compile(
     loaded = resolve_model(model, weights=True)
     tensors = checkpoint_tensors(loaded)
     plan = make_plan(loaded, tp, spd_mask, head_groups)
-    lowering = lower(loaded, plan)
+    lowering = pipeline.lower(loaded, plan.tp, plan.head_groups, plan.dropped)
     where = torch.device(device) if device is not None else loaded.device
     if distributed:
         group = launch.process_group(where)
@@ -129,13 +130,6 @@ def compile(
     else:
         runner = LocalExecutor(lowering.program, tensors, backend=chosen, device=where)
     return CompiledModel(lowering, runner, plan, loaded.config)
-
-
-def lower(model: PreTrainedModel, plan: Plan) -> pipeline.Lowering:
-    """Runs the whole pipeline for a model and a plan."""
-    lowering = pipeline.start(model)
-    lowering = pipeline.advance(lowering, pipeline.preserving(plan.tp, plan.head_groups))
-    return pipeline.advance(lowering, pipeline.changing(plan.dropped))
 
 
 def make_plan(
@@ -172,48 +166,6 @@ def check_tp(tp: int) -> None:
     """Raises UsageError unless tp is a whole number of at least 1."""
     if not isinstance(tp, int) or isinstance(tp, bool) or tp < 1:
         raise UsageError(f"tp={tp!r} is no number of ranks.", where="tp", needed="an int >= 1")
-
-
-def program_inputs(
-    program: Program,
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """A program's three inputs, those that are absent filled in as the model itself would.
-
-    Raises:
-        UsageError: a tensor of another shape or kind.
-    """
-    _check_ids("input_ids", input_ids, None)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    _check_ids("attention_mask", mask, input_ids)
-    mask = mask.to(torch.long)
-    if position_ids is None:
-        position_ids = _positions(program, input_ids, mask)
-    _check_ids("position_ids", position_ids, input_ids)
-    values = (input_ids, mask, position_ids)
-    names = ("input_ids", "attention_mask", "position_ids")
-    return {name: value.contiguous() for name, value in zip(names, values, strict=True)}
-
-
-def _positions(program: Program, input_ids: Tensor, mask: Tensor) -> Tensor:
-    if program.positions is Positions.FROM_MASK:
-        return mask.cumsum(1) * mask - 1
-    length = input_ids.shape[1]
-    return torch.arange(length, device=input_ids.device).expand_as(input_ids)
-
-
-def _check_ids(name: str, tensor: Tensor, like: Tensor | None) -> None:
-    shape = tuple(tensor.shape)
-    wrong_shape = tensor.dim() != 2 if like is None else shape != tuple(like.shape)
-    if wrong_shape or tensor.is_floating_point() or 0 in shape:
-        raise UsageError(
-            f"{name} does not fit.",
-            where=name,
-            found=f"{str(tensor.dtype).removeprefix('torch.')} {list(shape)}",
-            needed="whole numbers [batch, length]" if like is None else f"{list(like.shape)}",
-        )
 
 
 def _is_distributed(executor: str | None) -> bool:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -189,7 +188,7 @@ def split_of(owners: Tensor, like: Layout) -> Shard | None:
         along = flat[:, 0]
         if bool((flat == along[:, None]).all()) and len(along.unique()) > 1:
             try:
-                return Shard(dim, Layout(like.region, like.num_units, np.array(along)))
+                return Shard(dim, Layout(like.region, like.num_units, along.numpy().copy()))
             except UnevenLayoutError:
                 return None
     return None

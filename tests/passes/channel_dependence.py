@@ -13,12 +13,12 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from spdcompile.passes._torch import pytree
 from spdcompile.passes.placement import Rule
 from spdcompile.passes.placement.channels import Channels
 from spdcompile.passes.placement.types import Call, Operand
-from tests.passes.brute_force import Sample
+from tests.passes.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Followed:
     """Classes along one call.
 
     Args:
-        before: class of each element of each operand that has ids; None for the others.
+        before: operand that has ids -> class of each of its elements.
         after: class of each element of the results, -1 where none, all results in one row.
     """
 
-    before: list[np.ndarray | None]
+    before: dict[int, np.ndarray]
     after: np.ndarray
 
 
@@ -51,7 +51,7 @@ def follow(sample: Sample, rule: Rule, carrying: set[int]) -> Followed:
     classes = channels.classes()
     after = np.where(flat >= 0, classes[flat.clamp(min=0).numpy()] if len(classes) else -1, -1)
     before = {index: classes[given.reshape(-1).numpy()] for index, given in ids.items()}
-    return Followed([before.get(index) for index in range(len(sample.tensors))], after)
+    return Followed(before, after)
 
 
 def with_ids(call: Call, ids: dict[int, Tensor]) -> Call:

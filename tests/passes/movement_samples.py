@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.passes.brute_force import Sample
 from tests.passes.rule_samples import END, m, x
+from tests.passes.sample import Sample
 
 aten = torch.ops.aten
 
@@ -67,7 +67,7 @@ COPIES = (
 )
 
 CUTS = (
-    # A fused [q | k | v] cut in every way; the last three along a dim with the batch folded in.
+    # A fused [q | k | v] cut in every way; halves of a head; a dim with the batch folded in.
     Sample(aten.slice.Tensor, lambda b, s: (x(b, s, 12), 2, 0, 6)),
     Sample(aten.slice.Tensor, lambda b, s: (x(b, s, 12), 2, 6, END)),
     Sample(aten.slice.Tensor, lambda b, s: (x(b, s, 12), -1, 4, 8)),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spdcompile.passes.ops import ATTENTION
-from tests.passes.brute_force import Sample
+from tests.passes.sample import Sample
 
 aten = torch.ops.aten
 END = sys.maxsize

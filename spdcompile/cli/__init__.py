@@ -1,0 +1,90 @@
+"""The command line: one row a command, and errors as messages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from spdcompile import __version__, log
+from spdcompile.cli import trace_and_report
+from spdcompile.errors import SpdCompileError
+
+OK, FAILED, USER_MISTAKE = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command of the command line; importing its module must not import torch.
+
+    Args:
+        add_arguments: declares its options.
+        run: does it; prints to stdout, returns the exit code.
+    """
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS = (
+    Command(
+        "trace-and-report",
+        "say what of a model is split, synced and dropped, without its weights",
+        trace_and_report.add_arguments,
+        trace_and_report.run,
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments after the program's name; default those of the process.
+
+    Returns: 0; 1 if the model cannot be compiled; 2 if the user asked for what cannot be had.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        log.configure(os.environ)
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except SpdCompileError as error:
+        return _report_error(error, os.environ)
+    except BrokenPipeError:
+        # The reader, such as `head`, has gone; what Python flushes at exit has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spdcompile",
+        description="Splits Hugging Face causal LMs over tensor-parallel ranks and drops "
+        "all-reduces (Sync-Point Drop).",
+    )
+    parser.add_argument("--version", action="version", version=f"spdcompile {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = commands.add_parser(
+            command.name, help=command.help, description=f"{command.help.capitalize()}."
+        )
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def _report_error(error: SpdCompileError, environ: Mapping[str, str]) -> int:
+    """Prints an error for its reader: a user's mistake is a message and never a traceback."""
+    is_mistake = isinstance(error, ValueError)
+    if environ.get(log.VARIABLE) and not is_mistake:
+        traceback.print_exception(error)
+    else:
+        print(f"spdcompile: {error}", file=sys.stderr)
+    return USER_MISTAKE if is_mistake else FAILED

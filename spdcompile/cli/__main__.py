@@ -1,0 +1,9 @@
+"""`python -m spdcompile.cli`."""
+
+from __future__ import annotations
+
+import sys
+
+from spdcompile.cli import main
+
+sys.exit(main())

@@ -1,0 +1,160 @@
+"""Does what `trace-and-report` says: compiles a model without weights and tells about it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import transformers
+from transformers import PreTrainedModel
+
+from spdcompile.cli.ranges import parse_layers, parse_points
+from spdcompile.errors import UsageError
+from spdcompile.models import resolve_model
+from spdcompile.passes import pipeline
+from spdcompile.passes.base import Program
+from spdcompile.passes.capture import decoder_layers
+from spdcompile.passes.drop import PointName
+from spdcompile.passes.pipeline import Lowering
+from spdcompile.passes.printer import print_program
+from spdcompile.report import Report, build_report, describe_model, diff_blocks
+from spdcompile.report.build import pass_reports, refusal_reports
+from spdcompile.report.text import passes_table, refusals_table, render_model
+
+_STDOUT = "-"
+_PASSES = (
+    "capture",
+    *(step.name for step in pipeline.preserving(1, {})),
+    *(step.name for step in pipeline.changing(frozenset())),
+)
+
+
+def trace_and_report(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code."""
+    _check_passes(arguments)
+    _check_json(arguments)
+    _quiet_transformers()
+    model = resolve_model(arguments.model, weights=False)
+    points = _points(arguments, len(decoder_layers(model)[1]))
+    header = render_model(describe_model(model), arguments.tp)
+    undropped, lowering = _lower(arguments, model, points)
+    if arguments.stop_after:
+        print("\n\n".join([header, *_unfinished(arguments, lowering)]))
+        return 0
+    report = build_report(lowering)
+    if arguments.json:
+        _write_json(arguments.json, model, report)
+    if arguments.json != _STDOUT:
+        diffs = [f"{title}\n{text}" for title, text in diff_blocks(undropped, lowering.program)]
+        print("\n\n".join([header, str(report), *diffs]))
+    return 0
+
+
+def _points(arguments: argparse.Namespace, num_layers: int) -> frozenset[PointName]:
+    masked = parse_layers(arguments.spd_mask, num_layers)
+    return parse_points(arguments.drop, num_layers) | {(layer, "attn") for layer in masked}
+
+
+def _lower(
+    arguments: argparse.Namespace, model: PreTrainedModel, points: frozenset[PointName]
+) -> tuple[Program, Lowering]:
+    """Runs the passes one by one, and prints where that was asked for.
+
+    Returns: the program before the last pass that ran, and everything after it.
+    """
+    lowering = pipeline.start(model)
+    before = lowering.program
+    for step in (None, *pipeline.preserving(arguments.tp, {}), *pipeline.changing(points)):
+        if step is not None:
+            before = lowering.program
+            lowering = pipeline.advance(lowering, (step,))
+        name = lowering.records[-1].name
+        if name in arguments.print_after:
+            print(f"# the program after {name}\n{print_program(lowering.program)}\n")
+        if name == arguments.stop_after:
+            break
+    return before, lowering
+
+
+def _unfinished(arguments: argparse.Namespace, lowering: Lowering) -> list[str]:
+    """What is known of a program that not all passes have seen."""
+    refusals = refusal_reports(lowering)
+    known = [] if not refusals else [f"Refused\n{refusals_table(refusals)}"]
+    known.append(f"Passes\n{passes_table(pass_reports(lowering))}")
+    if arguments.stop_after not in arguments.print_after:
+        program = print_program(lowering.program)
+        known.append(f"# the program after {arguments.stop_after}\n{program}")
+    return known
+
+
+def _write_json(target: str, model: PreTrainedModel, report: Report) -> None:
+    document = {"model": asdict(describe_model(model)), **report.to_dict()}
+    text = json.dumps(document, indent=2)
+    if target == _STDOUT:
+        print(text)
+        return
+    try:
+        Path(target).write_text(f"{text}\n", encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(target, str(error)) from error
+
+
+def _unwritable(target: str, found: str) -> UsageError:
+    return UsageError(
+        "The report cannot be written.",
+        where=f"--json {target}",
+        found=found,
+        needed="a file in a directory that exists and can be written, or - for stdout",
+    )
+
+
+def _check_passes(arguments: argparse.Namespace) -> None:
+    for option, name in [
+        *(("--print", name) for name in arguments.print_after),
+        ("--stop-after", arguments.stop_after),
+    ]:
+        if name not in (None, *_PASSES):
+            raise UsageError(
+                f"There is no pass {name!r}.",
+                where=f"{option} {name}",
+                found=repr(name),
+                needed=f"one of: {', '.join(_PASSES)}",
+            )
+    last = arguments.stop_after or _PASSES[-1]
+    for name in arguments.print_after:
+        if _PASSES.index(name) > _PASSES.index(last):
+            raise UsageError(
+                f"The pass {name} comes after the one to stop at.",
+                where=f"--print {name} --stop-after {last}",
+                found=f"the order {', '.join(_PASSES)}",
+                needed=f"a pass up to {last}",
+            )
+
+
+def _check_json(arguments: argparse.Namespace) -> None:
+    if not arguments.json:
+        return
+    parent = Path(arguments.json).parent
+    if not parent.is_dir():
+        raise _unwritable(arguments.json, f"{parent} is not a directory")
+    if arguments.stop_after:
+        raise UsageError(
+            "There is no report of a program that is not finished.",
+            where=f"--json {arguments.json} --stop-after {arguments.stop_after}",
+            found="both options",
+            needed="one of them",
+        )
+    if arguments.json == _STDOUT and arguments.print_after:
+        raise UsageError(
+            "The report and the program cannot both go to stdout.",
+            where="--json - --print",
+            found="both options",
+            needed="a file for the report, or no --print",
+        )
+
+
+def _quiet_transformers() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
