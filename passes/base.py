@@ -116,6 +116,12 @@ class BlockGraph:
     sync_points: tuple[SyncPoint, ...] = ()
     num_partials: int = 0
 
+    def copied(self) -> BlockGraph:
+        """The same with a graph of its own: what a pass may change in place."""
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.module.graph, {}))
+        return replace(self, module=fx.GraphModule(self.module, graph))
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

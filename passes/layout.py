@@ -87,8 +87,7 @@ class Layout:
         pieces = []
         for start, each in self.runs():
             local = np.full((units_per_rank, each), -1, dtype=np.int64)
-            for slot, unit in enumerate(units):
-                local[slot] = start + unit * each + np.arange(each)
+            local[: len(units)] = start + np.array(units)[:, None] * each + np.arange(each)
             pieces.append(local.reshape(-1))
         return np.concatenate(pieces)
 

@@ -18,6 +18,7 @@ from spdcompile.passes.placement.types import Shard
 def localize(program: Program) -> PassResult:
     """Makes every distinct graph one that a rank can run on its own shards."""
     rewrites = 0
+    program = program.map_graphs(lambda _, block: block.copied())
     for key, block in program.graphs.items():
         part = next(part for part in program.parts if part.graph == key)
         per_rank = {name: max(map(len, units)) for name, units in part.assignments.items()}

@@ -25,7 +25,7 @@ Rewrite = Callable[[fx.Node, dict[str, ParamRef]], fx.Node | None]
 def normalize(program: Program) -> PassResult:
     """Rewrites the one graph of a captured program."""
     (part,) = program.parts
-    module = program.graphs[part.graph].module
+    module = program.graphs[part.graph].copied().module
     params = dict(part.params)
     rewrites = sum(_rewrite(node, params) for node in list(module.graph.nodes))
     _erase_dead(module.graph)

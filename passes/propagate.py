@@ -30,7 +30,13 @@ from spdcompile.passes.base import (
     module_path,
 )
 from spdcompile.passes.concrete import call_of
-from spdcompile.passes.layout import Assignment, Layout, UnevenLayoutError, shard_spec
+from spdcompile.passes.layout import (
+    Assignment,
+    Layout,
+    ShardSpec,
+    UnevenLayoutError,
+    shard_spec,
+)
 from spdcompile.passes.linearity import tensor_args
 from spdcompile.passes.ops import GATHER, TAKE
 from spdcompile.passes.placement import RULES
@@ -55,7 +61,7 @@ def propagate(program: Program) -> PassResult:
     constants = dict(program.constants)
     parts = {part.name: part for part in program.parts}
     graphs = {}
-    for key, block in program.graphs.items():
+    for key, block in program.map_graphs(lambda _, given: given.copied()).graphs.items():
         users = [part for part in program.parts if part.graph == key]
         placer, refused = _place(block, users[0], program.tp)
         refusals += [replace(r, subject=f"{key}.{r.subject}") for r in refused]
@@ -63,7 +69,8 @@ def propagate(program: Program) -> PassResult:
         graphs[key] = replace(block, regions=tuple(placer.regions))
         constants |= {ref.fqn: data for ref, data in placer.tables.values()}
         tables = {name: ref for name, (ref, _) in placer.tables.items()}
-        parts |= {part.name: _bind(part, block.module.graph, tables) for part in users}
+        specs: dict[Any, ShardSpec] = {}
+        parts |= {part.name: _bind(part, block.module.graph, tables, specs) for part in users}
     program = replace(program, graphs=graphs, parts=tuple(parts.values()), constants=constants)
     return PassResult(program, sum(len(part.shards) for part in program.parts), tuple(refusals))
 
@@ -83,14 +90,26 @@ def _place(block: BlockGraph, part: Part, tp: int) -> tuple[_Placer, list[Refusa
             return placer, refused
 
 
-def _bind(part: Part, graph: fx.Graph, tables: Mapping[str, ParamRef]) -> Part:
-    """The part with its index tables, and every split placeholder's shards."""
+def _bind(
+    part: Part,
+    graph: fx.Graph,
+    tables: Mapping[str, ParamRef],
+    specs: dict[Any, ShardSpec],
+) -> Part:
+    """The part with its index tables, and every split placeholder's shards.
+
+    Args:
+        specs: the splits made so far; parts that assign their units alike share them.
+    """
     shards = {}
     for node in graph.find_nodes(op="placeholder"):
         placement = node.meta["placement"]
         if isinstance(placement, Shard):
             assignment = part.assignments[placement.layout.region]
-            shards[node.name] = shard_spec(placement.layout, placement.dim, assignment)
+            key = (node.name, assignment)
+            if key not in specs:
+                specs[key] = shard_spec(placement.layout, placement.dim, assignment)
+            shards[node.name] = specs[key]
     return replace(part, params={**part.params, **tables}, shards=shards)
 
 

@@ -10,6 +10,7 @@ from torch import fx
 from spdcompile.errors import CollectiveCountError, InvariantError
 from spdcompile.passes.base import Invariant, Program
 from spdcompile.passes.drop import all_points
+from spdcompile.passes.layout import Assignment
 from spdcompile.passes.ops import SYNC
 from spdcompile.passes.placement.types import P, Placement, Shard, V
 
@@ -91,9 +92,14 @@ def _split(program: Program) -> Iterator[str]:
 
 
 def _assigned(program: Program) -> Iterator[str]:
+    known: set[tuple[int, Assignment]] = set()
     for part in program.parts:
         for region in program.graph_of(part).regions:
-            units = sorted(u for rank in part.assignments.get(region.name, ()) for u in rank)
+            assignment = part.assignments.get(region.name, ())
+            if (region.num_units, assignment) in known:
+                continue
+            known.add((region.num_units, assignment))
+            units = sorted(unit for rank in assignment for unit in rank)
             if units != list(range(region.num_units)):
                 yield f"{part.name}.{region.name} does not assign each unit once"
 

@@ -13,16 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from spdcompile.passes import pipeline
-from spdcompile.passes.assign import HeadGroups
-from spdcompile.passes.base import Program
 from spdcompile.runtime.data import batches_of, token_loss
-from spdcompile.runtime.executor import Backend, Executor
+from spdcompile.runtime.executor import Executor
 from spdcompile.runtime.inputs import program_inputs
 from spdcompile.runtime.local import LocalExecutor
-from spdcompile.runtime.weights import checkpoint_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,44 +48,28 @@ class Sensitivity:
         return tuple(sorted(order[:count]))
 
 
-def attention_layers(program: Program) -> tuple[int, ...]:
-    """The layers that have an attention sync point of their own."""
-    return tuple(
-        part.layer
-        for part in program.parts
-        if part.layer is not None
-        and any(point.name == "attn" for point in program.graph_of(part).sync_points)
-    )
-
-
 def calibrate(
-    model: PreTrainedModel,
+    base: pipeline.Lowering,
+    plain: LocalExecutor,
     tokens: Tensor,
     *,
-    tp: int,
-    head_groups: HeadGroups | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Sensitivity:
     """Measures the paper's s_i for every block, L + 1 evaluations from the last block on.
 
     Args:
-        model: with weights; runs on its own device and in its own dtype.
+        base: the program before anything is dropped.
+        plain: runs it.
         tokens: calibration chunks, int64 [chunks, length].
-        tp: number of ranks.
 
     Raises:
         RefusalError: a block's attention point cannot be dropped.
-        UsageError: tp or the tokens do not fit.
+        UsageError: the tokens do not fit.
     """
-    base = pipeline.advance(pipeline.start(model), pipeline.preserving(tp, head_groups or {}))
     layers = [part.layer for part in base.program.parts if part.layer is not None]
     every = frozenset((layer, "attn") for layer in layers)
     dropped = pipeline.advance(base, pipeline.changing(every)).program
-    tensors = checkpoint_tensors(model)
-    plain = LocalExecutor(
-        base.program, tensors, backend=Backend.EAGER, device=torch.device(model.device)
-    )
     prefixes = [(batch, _prefix(plain, batch)) for batch in batches_of(tokens, batch_size)]
     spd = plain.with_program(dropped)
     starts = tqdm(

@@ -20,14 +20,13 @@ from transformers import PreTrainedModel
 
 from spdcompile.errors import RefusalError
 from spdcompile.passes import pipeline
-from spdcompile.passes.assign import HeadGroups
 from spdcompile.passes.base import Part
 from spdcompile.passes.drop import PointName
 from spdcompile.runtime.data import batches_of
-from spdcompile.runtime.executor import Backend, Executor
+from spdcompile.runtime.executor import Executor
 from spdcompile.runtime.inputs import program_inputs
 from spdcompile.runtime.local import LocalExecutor
-from spdcompile.runtime.weights import bind, checkpoint_tensors, unbind
+from spdcompile.runtime.weights import bind, unbind
 
 Values = dict[str, Tensor]
 
@@ -93,33 +92,28 @@ class Distilled:
 
 
 def distill(
-    model: PreTrainedModel,
+    base: pipeline.Lowering,
+    teacher: LocalExecutor,
     tokens: Tensor,
     *,
-    tp: int,
     points: frozenset[PointName],
-    head_groups: HeadGroups | None = None,
     settings: DistillSettings | None = None,
     progress: bool = True,
 ) -> Distilled:
     """Trains every block that loses a sync point to give what the original block gives.
 
     Args:
-        model: with weights, which it leaves as they are; float32 is advised.
+        base: the program before anything is dropped.
+        teacher: runs it, eagerly; its weights stay as they are; float32 is advised.
         tokens: calibration chunks, int64 [chunks, length].
         points: the sync points to drop; the last one of each block must stay.
 
     Raises:
         RefusalError: a point cannot be dropped.
-        UsageError: tp or the tokens do not fit.
+        UsageError: the tokens do not fit.
     """
     settings = settings or DistillSettings()
-    base = pipeline.advance(pipeline.start(model), pipeline.preserving(tp, head_groups or {}))
     dropped = pipeline.advance(base, pipeline.changing(points)).program
-    tensors = checkpoint_tensors(model)
-    teacher = LocalExecutor(
-        base.program, tensors, backend=Backend.EAGER, device=torch.device(model.device)
-    )
     trainer = _Trainer(teacher, teacher.with_program(dropped), settings)
     return trainer.run(list(batches_of(tokens, settings.batch_size)), progress)
 

@@ -80,4 +80,5 @@ def _all_gather(graph: fx.Graph, node: fx.Node, group: str, tp: int) -> fx.Node:
     front = graph.call_function(torch.ops.aten.contiguous.default, (front,))
     gathered = graph.call_function(_COLLECTIVES.all_gather_into_tensor.default, (front, tp, group))
     whole = graph.call_function(_COLLECTIVES.wait_tensor.default, (gathered,))
-    return graph.call_function(torch.ops.aten.movedim.int, (whole, 0, dim))
+    back = graph.call_function(torch.ops.aten.movedim.int, (whole, 0, dim))
+    return graph.call_function(torch.ops.aten.contiguous.default, (back,))

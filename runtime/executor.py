@@ -59,6 +59,17 @@ class Executor(ABC):
         other._prepare()
         return other
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+        """An executor of the same program over other weights, sharing what is compiled.
+
+        Args:
+            tensors: global tensors under their state_dict names.
+        """
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.params = {part.name: self._bind(part, tensors) for part in self.program.parts}
+        return other
+
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The logits, [B, S, V].
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from spdcompile.errors import PlanError, UsageError
 from spdcompile.models import resolve_model
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
-from spdcompile.plan import Plan, attention_points
+from spdcompile.plan import HeadGroups, Plan, attention_points
 from spdcompile.report import Report, build_report
 from spdcompile.runtime import launch
 from spdcompile.runtime.distributed import DistributedExecutor
@@ -32,20 +33,49 @@ class CompiledModel:
     """A model split over ranks; called as the Hugging Face model is.
 
     Args:
+        base: the program before anything was dropped.
         lowering: the program that runs, and how it came about.
         executor: what runs it.
         plan: what was dropped.
-        config: the model's own configuration.
+        model: the model that was compiled.
     """
 
     def __init__(
         self,
+        base: pipeline.Lowering,
         lowering: pipeline.Lowering,
         executor: Executor,
         plan: Plan,
-        config: PretrainedConfig,
+        model: PreTrainedModel,
     ) -> None:
-        self.lowering, self.executor, self.plan, self.config = lowering, executor, plan, config
+        self.base, self.lowering, self.executor = base, lowering, executor
+        self.plan, self.model, self.config = plan, model, model.config
+
+    def with_mask(self, spd_mask: Sequence[bool] | Plan | None) -> CompiledModel:
+        """The same model with other sync points dropped; weights and compiled blocks are shared.
+
+        Args:
+            spd_mask: as in `compile`; a Plan must have this model's tp and head groups.
+
+        Raises:
+            UsageError, PlanError: the mask or plan does not fit.
+            RefusalError: a sync point that cannot be dropped.
+        """
+        given = spd_mask if isinstance(spd_mask, Plan) else None
+        plan = make_plan(self.model, self.plan.tp, spd_mask, None)
+        if given is None:
+            plan = replace(plan, head_groups=self.plan.head_groups)
+        elif given.head_groups != self.plan.head_groups:
+            raise PlanError(
+                "The plan has other head groups, so its shards are others.",
+                where="with_mask",
+                needed="the head groups that the model was compiled with",
+                fix="compile the model anew with this plan",
+            )
+        _agree_on(self.executor, plan, self.model)
+        lowering = pipeline.advance(self.base, pipeline.changing(plan.dropped))
+        executor = self.executor.with_program(lowering.program)
+        return CompiledModel(self.base, lowering, executor, plan, self.model)
 
     @torch.no_grad()
     def __call__(
@@ -70,6 +100,16 @@ class CompiledModel:
         device = self.executor.device
         on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
         return CausalLMOutputWithPast(logits=self.executor.run(on_device))
+
+    def with_weights(self, tensors: Mapping[str, Tensor]) -> CompiledModel:
+        """The same program over other weights, such as distillation gives.
+
+        Args:
+            tensors: new global tensors under their state_dict names; the others stay.
+        """
+        everything = {**checkpoint_tensors(self.model), **tensors}
+        executor = self.executor.with_tensors(everything)
+        return CompiledModel(self.base, self.lowering, executor, self.plan, self.model)
 
     @property
     def program(self) -> Program:
@@ -119,17 +159,18 @@ def compile(
     loaded = resolve_model(model, weights=True)
     tensors = checkpoint_tensors(loaded)
     plan = make_plan(loaded, tp, spd_mask, head_groups)
-    lowering = pipeline.lower(loaded, plan.tp, plan.head_groups, plan.dropped)
+    base = pipeline.advance(pipeline.start(loaded), pipeline.preserving(plan.tp, plan.head_groups))
+    lowering = pipeline.advance(base, pipeline.changing(plan.dropped))
     where = torch.device(device) if device is not None else loaded.device
     if distributed:
         group = launch.process_group(where)
-        launch.agree(group, _facts(plan, loaded))
         runner: Executor = DistributedExecutor(
             lowering.program, tensors, backend=chosen, device=where, group=group
         )
+        _agree_on(runner, plan, loaded)
     else:
         runner = LocalExecutor(lowering.program, tensors, backend=chosen, device=where)
-    return CompiledModel(lowering, runner, plan, loaded.config)
+    return CompiledModel(base, lowering, runner, plan, loaded)
 
 
 def make_plan(
@@ -146,11 +187,8 @@ def make_plan(
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     if not isinstance(spd_mask, Plan):
-        groups = {
-            layer: tuple(tuple(units) for units in ranks)
-            for layer, ranks in (head_groups or {}).items()
-        }
-        return Plan(tp, num_layers, attention_points(spd_mask, num_layers), groups)
+        points = attention_points(spd_mask, num_layers)
+        return Plan(tp, num_layers, points, groups_of(head_groups or {}))
     if head_groups is not None:
         raise UsageError("A Plan brings its own head groups.", where="head_groups")
     if (spd_mask.tp, spd_mask.num_layers) != (tp, num_layers):
@@ -160,6 +198,14 @@ def make_plan(
             needed=f"tp={tp} and {num_layers} layers",
         )
     return spd_mask
+
+
+def groups_of(head_groups: Mapping[int, Sequence[Sequence[int]]]) -> HeadGroups:
+    """Head groups as a plan holds them: the units of each rank in ascending order."""
+    return {
+        layer: tuple(tuple(sorted(units)) for units in ranks)
+        for layer, ranks in head_groups.items()
+    }
 
 
 def check_tp(tp: int) -> None:
@@ -189,11 +235,14 @@ def _choice(kind: type[Backend], value: str, where: str) -> Backend:
     return kind(value)
 
 
-def _facts(plan: Plan, model: PreTrainedModel) -> dict[str, str]:
-    return {
-        "plan": plan.content_hash,
-        "dtype": str(model.dtype),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "config": model.config.to_json_string(),
-    }
+def _agree_on(executor: Executor, plan: Plan, model: PreTrainedModel) -> None:
+    """Ranks compare what they are about to run; one process has nothing to compare."""
+    if isinstance(executor, DistributedExecutor):
+        facts = {
+            "plan": plan.content_hash,
+            "dtype": str(model.dtype),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "config": model.config.to_json_string(),
+        }
+        launch.agree(executor.group, facts)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spdcompile.api import ModelLike, check_tp, make_plan
+from spdcompile.api import CompiledModel, ModelLike, groups_of
+from spdcompile.api import compile as compile_model
+from spdcompile.errors import UsageError
 from spdcompile.models import resolve_model
 from spdcompile.plan import Plan
 from spdcompile.runtime.calibrate import Sensitivity
@@ -16,6 +18,7 @@ from spdcompile.runtime.calibrate import calibrate as run_calibration
 from spdcompile.runtime.data import chunks_of
 from spdcompile.runtime.distill import Distilled, DistillSettings, StudentInput
 from spdcompile.runtime.distill import distill as run_distillation
+from spdcompile.runtime.local import LocalExecutor
 
 __all__ = [
     "DistillSettings",
@@ -31,7 +34,7 @@ Groups = Mapping[int, Sequence[Sequence[int]]]
 
 
 def calibrate(
-    model: ModelLike,
+    model: ModelLike | CompiledModel,
     tokens: Tensor,
     *,
     tp: int,
@@ -45,7 +48,8 @@ def calibrate(
     on, the hidden states before the range computed once.
 
     Args:
-        model: a loaded model, or a local directory with weights, which is loaded in float32.
+        model: a loaded model, or a local directory with weights, which is loaded in float32; or
+            what `compile` made of it for the local executor, which spares the capture.
         tokens: calibration chunks, int64 [chunks, length]; see `chunks_of`.
         tp: number of ranks; all of them run in this process.
         head_groups: layer -> tp lists of head group units.
@@ -56,21 +60,14 @@ def calibrate(
         UsageError: tp, the tokens or the model do not fit.
         RefusalError: a block's attention point cannot be dropped.
     """
-    check_tp(tp)
-    loaded = _loaded(model)
-    plan = make_plan(loaded, tp, None, head_groups)
+    compiled = _undropped(model, tp, head_groups)
     return run_calibration(
-        loaded,
-        tokens,
-        tp=tp,
-        head_groups=plan.head_groups,
-        batch_size=batch_size,
-        progress=progress,
+        compiled.base, _local(compiled), tokens, batch_size=batch_size, progress=progress
     )
 
 
 def distill(
-    model: ModelLike,
+    model: ModelLike | CompiledModel,
     tokens: Tensor,
     *,
     tp: int,
@@ -82,8 +79,7 @@ def distill(
     """Trains each block that loses a sync point to give what the original block gives (B2B).
 
     Args:
-        model: a loaded model, left as it is, or a local directory with weights, which is loaded
-            in float32.
+        model: as in `calibrate`; it is left as it is. A compiled one must be eager.
         tokens: calibration chunks, int64 [chunks, length]; see `chunks_of`.
         tp: number of ranks; all of them run in this process.
         spd_mask: what is dropped: one bool a decoder layer, or a Plan.
@@ -96,21 +92,51 @@ def distill(
         RefusalError: a sync point that cannot be dropped, or one whose block passes partial sums
             on to the next block, so that it has no output of its own to compare.
     """
-    check_tp(tp)
-    loaded = _loaded(model)
-    plan = make_plan(loaded, tp, spd_mask, head_groups)
+    groups = spd_mask.head_groups if isinstance(spd_mask, Plan) else head_groups
+    compiled = _undropped(model, tp, groups)
+    points = compiled.with_mask(spd_mask).plan.dropped
     return run_distillation(
-        loaded,
+        compiled.base,
+        _local(compiled),
         tokens,
-        tp=tp,
-        points=plan.dropped,
-        head_groups=plan.head_groups,
+        points=points,
         settings=settings,
         progress=progress,
     )
 
 
-def _loaded(model: ModelLike) -> PreTrainedModel:
-    """A model as it is; a directory in float32, in which errors and gradients are small enough."""
+def _undropped(
+    model: ModelLike | CompiledModel, tp: int, head_groups: Groups | None
+) -> CompiledModel:
+    """The model with every sync point, all ranks in this process, eager unless given compiled."""
+    if isinstance(model, CompiledModel):
+        check_fits(model, tp, head_groups)
+        return model.with_mask(None)
     dtype = None if isinstance(model, PreTrainedModel) else torch.float32
-    return resolve_model(model, weights=True, dtype=dtype)
+    loaded = resolve_model(model, weights=True, dtype=dtype)
+    return compile_model(loaded, tp=tp, head_groups=head_groups, executor="local", backend="eager")
+
+
+def check_fits(compiled: CompiledModel, tp: int, head_groups: Groups | None) -> None:
+    """Raises UsageError if a compiled model was not compiled for this tp and these head groups."""
+    if compiled.plan.tp != tp or (
+        head_groups is not None and groups_of(head_groups) != dict(compiled.plan.head_groups)
+    ):
+        raise UsageError(
+            "The model was compiled for something else.",
+            where="model",
+            found=f"tp={compiled.plan.tp}, head groups {dict(compiled.plan.head_groups)}",
+            needed=f"tp={tp}, head groups {head_groups or {}}",
+            fix="give the model itself",
+        )
+
+
+def _local(compiled: CompiledModel) -> LocalExecutor:
+    if not isinstance(compiled.executor, LocalExecutor):
+        raise UsageError(
+            "Calibration and distillation run all ranks in one process.",
+            where="model",
+            found="a model compiled for one rank a process",
+            fix="compile it with executor='local'",
+        )
+    return compiled.executor

@@ -20,7 +20,8 @@ LAYERS, TP = 3, 4
 
 @cache
 def undropped(family: str) -> Lowering:
-    lowering = pipeline.start(tiny(family, layers=LAYERS))
+    heads = 4 if family == "gpt_neox" else 8  # four head groups in each of the families
+    lowering = pipeline.start(tiny(family, layers=LAYERS, heads=heads))
     return pipeline.advance(lowering, pipeline.preserving(TP, {0: ((3,), (0,), (2,), (1,))}))
 
 
@@ -39,6 +40,7 @@ def points_of(report: Report) -> dict[tuple[int, str], PointReport]:
         ("qwen3", {(0, "attn")}),
         ("qwen3", {(0, "attn"), (0, "mlp"), (1, "attn")}),
         ("phi3", {(1, "mlp")}),
+        ("gpt_neox", {(0, "mlp")}),  # with the attention's partial sum merged into it
         ("phi3", set()),
     ],
 )

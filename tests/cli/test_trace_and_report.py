@@ -139,6 +139,10 @@ def test_padding_and_tied_table_are_counted(command: Command, config_of: Any) ->
     attention = 3 * 8 * 64 + 3 * 8 + 8 * 64
     mlp = 64 + 1 + 64
     assert found["parameters"]["padding_bytes"] == 3 * (attention + mlp) * 4
+    # A rank's 3 head groups and 43 channels, with their biases, and its third of the head.
+    attention = 72 * 64 + 72 + 24 * 64
+    mlp = 43 * 64 + 43 + 43 * 64
+    assert found["parameters"]["sharded"]["count"] == 3 * (attention + mlp) + 32 * 64
     # The table is whole as an embedding and split as the head, and once in the unsharded model.
     whole = [fqn for block in found["blocks"] for fqn in block["whole"]]
     assert whole == ["lm_head.weight", "transformer.wpe.weight"]

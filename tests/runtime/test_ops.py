@@ -251,6 +251,16 @@ def test_vmapped_backward_keeps_gradients_of_shared_inputs_per_rank() -> None:
         assert rel_err(found[1][rank], wanted[3]) < 1e-10
 
 
+def test_gradient_under_two_vmaps_matches_plain() -> None:
+    inputs = list(random_inputs(2, R).values())
+    loss = torch.func.grad(loss_of(ATTENTION, "causal"), (0, 1, 2, 3))
+    found = torch.vmap(torch.vmap(loss))(*inputs)
+    for i, rank in itertools.product(range(2), range(R)):
+        wanted = gradients(loss_of(attend_plainly, "causal"), [x[i, rank] for x in inputs])
+        for grad, other in zip(found, wanted, strict=True):
+            assert rel_err(grad[i, rank], other) < 1e-10
+
+
 def test_gradient_keeps_dtype_in_bfloat16() -> None:
     given = list(random_inputs(dtype=torch.bfloat16).values())
     found = gradients(lambda *args: loss_of(ATTENTION, "causal")(*args).float(), given)
