@@ -12,7 +12,7 @@ from torch import fx
 
 from spdcompile.errors import RefusalError
 from spdcompile.passes.base import BlockGraph, Part, PassResult, Program
-from spdcompile.passes.pending import LeakError
+from spdcompile.passes.pending import LeakError, Rewritten
 from spdcompile.passes.sync import rewrite_with_dropped
 
 PointName = tuple[int, str]
@@ -96,12 +96,15 @@ def refusal_of(program: Program, layer: int, name: str) -> str:
     return f"layer {layer} has no sync point {name!r}: nothing in it is split that way"
 
 
+_Variant = tuple[str, Rewritten]
+
+
 class _Dropper:
     """Drops points part by part; parts of equal structure and equal drops share a graph."""
 
     def __init__(self, program: Program) -> None:
         self.graphs = dict(program.graphs)
-        self.known: dict[tuple[str, frozenset[str], frozenset[str]], tuple[str, dict, dict]] = {}
+        self.known: dict[tuple[str, frozenset[str], frozenset[str]], _Variant] = {}
         self.pending: dict[str, str] = {}
 
     def drop(self, part: Part, names: frozenset[str]) -> Part:
@@ -109,21 +112,19 @@ class _Dropper:
         pending = frozenset(name for name, value in part.inputs.items() if value in self.pending)
         if not names and not pending:
             return part
-        key, partial_inputs, partial_outputs = self._variant(part, names, pending)
+        key, rewritten = self._variant(part, names, pending)
         inputs = dict(part.inputs)
-        for name, partial in partial_inputs.items():
+        for name, partial in rewritten.partial_inputs.items():
             inputs[partial] = self.pending[part.inputs[name]]
         outputs = list(part.outputs)
-        for position in partial_outputs:
+        for position in rewritten.partial_outputs:
             partial = f"{part.outputs[position]}.partial"
             self.pending[part.outputs[position]] = partial
             outputs.append(partial)
         dropped = tuple(sorted(names))
         return replace(part, graph=key, inputs=inputs, outputs=tuple(outputs), dropped=dropped)
 
-    def _variant(
-        self, part: Part, names: frozenset[str], pending: frozenset[str]
-    ) -> tuple[str, dict[str, str], dict[int, int]]:
+    def _variant(self, part: Part, names: frozenset[str], pending: frozenset[str]) -> _Variant:
         known = (part.graph, names, pending)
         if known not in self.known:
             block = self.graphs[part.graph]
@@ -137,7 +138,7 @@ class _Dropper:
                 ) from why
             key = "-".join((part.graph, "drop", *sorted(names), *(["pending"] if pending else [])))
             self.graphs[key] = _kept(block, rewritten.graph, names)
-            self.known[known] = key, rewritten.partial_inputs, rewritten.partial_outputs
+            self.known[known] = key, rewritten
         return self.known[known]
 
 

@@ -52,6 +52,7 @@ def _take(whole: Tensor, index: Tensor, dim: int, units: int) -> Tensor:
     Args:
         whole: [..., n * units, ...], where n is 1 or the folded batch.
         index: this rank's entries, int64 [k].
+        dim: counted from the front.
 
     Returns: [..., n * k, ...].
     """

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import fx
 
+from spdcompile.errors import NoRuleError
 from spdcompile.passes.base import (
     BlockGraph,
     ParamRef,
@@ -188,12 +189,18 @@ class _Placer:
                 self._refuse(node, call)
 
     def _refuse(self, node: fx.Node, call: Call) -> None:
+        given = " ".join(str(o.placement) for o in call.operands())
         for operand in call.operands():
             if isinstance(operand.placement, Shard):
-                given = " ".join(str(o.placement) for o in call.operands())
                 reason = f"{node.target} has no placement rule for {given} ({module_path(node)})"
                 raise _RegionRefusedError(operand.placement.layout.region, reason, node.name)
-        raise AssertionError(f"{node.target} has no rule although no operand is split")
+        raise NoRuleError(
+            f"{node.target} has no placement rule.",
+            where=f"{node.name} ({module_path(node) or 'no module'})",
+            found=f"operands placed {given}",
+            needed=f"a row for {given}",
+            fix="add it to the operator's family in passes/placement/",
+        )
 
     def _check_output(self, node: fx.Node) -> None:
         for arg in node.args[0]:

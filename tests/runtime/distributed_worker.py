@@ -1,0 +1,114 @@
+"""What each rank of test_distributed.py runs, under torchrun: several cases in one launch.
+
+Usage: distributed_worker.py FOLDER. Every rank writes FOLDER/rank_<r>.pt: case -> logits, or the
+text of the error that the case raised.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import spdcompile
+from spdcompile import Plan
+from spdcompile.errors import SpdCompileError
+from tests.models import left_padded, tiny, token_ids
+
+TP = 2
+VOCAB = 97  # two ranks do not divide it
+
+
+class Case(NamedTuple):
+    """A model, and what is dropped; both are also what the local executor runs."""
+
+    family: str
+    dropped: frozenset[tuple[int, str]]
+    backend: str = "eager"
+    lengths: tuple[int, ...] = (9,)
+
+    def model(self) -> PreTrainedModel:
+        return tiny(self.family, layers=2, hidden=32, heads=4, intermediate=50, vocab=VOCAB)
+
+    def plan(self) -> Plan:
+        return Plan(tp=TP, num_layers=2, dropped=self.dropped)
+
+    def run(self, executor: str) -> list[Tensor]:
+        """The logits of one left-padded batch a length."""
+        compiled = spdcompile.compile(
+            self.model(), tp=TP, spd_mask=self.plan(), executor=executor, backend=self.backend
+        )
+        return [compiled(*case_inputs(length)).logits for length in self.lengths]
+
+
+NOTHING: frozenset[tuple[int, str]] = frozenset()
+ATTENTION = frozenset({(0, "attn")})
+ALL_ATTENTION = frozenset({(0, "attn"), (1, "attn")})  # equal blocks, compiled once
+RUN = frozenset({(0, "attn"), (0, "mlp"), (1, "attn")})
+CASES = {
+    "llama, nothing dropped": Case("llama", NOTHING),
+    "opt, nothing dropped": Case("opt", NOTHING),
+    "gpt_neox, nothing dropped": Case("gpt_neox", NOTHING),
+    "llama, attn dropped": Case("llama", ATTENTION),
+    "opt, attn and mlp dropped": Case("opt", RUN),
+    "phi3, attn and mlp dropped": Case("phi3", RUN),
+    "llama, inductor, attn dropped": Case("llama", ALL_ATTENTION, "inductor", (9, 5)),
+}
+
+
+def case_inputs(length: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask of a case, the same on every rank."""
+    return left_padded(token_ids(batch=2, length=length, vocab=VOCAB))
+
+
+def _different_plans(rank: int) -> list[Tensor]:
+    """Each rank drops something else, so no rank may start."""
+    case = CASES["llama, attn dropped"]
+    return case._replace(dropped=ATTENTION if rank == 0 else NOTHING).run("distributed")
+
+
+def _wrong_tp(rank: int) -> list[Tensor]:
+    model = CASES["llama, nothing dropped"].model()
+    spdcompile.compile(model, tp=4, executor="distributed", backend="eager")
+    return []
+
+
+def _chosen_by_world_size(rank: int) -> list[Tensor]:
+    """Without `executor`, torchrun's WORLD_SIZE makes it distributed."""
+    model = CASES["llama, nothing dropped"].model()
+    compiled = spdcompile.compile(model, tp=TP, backend="eager")
+    assert type(compiled.executor).__name__ == "DistributedExecutor"
+    return [compiled(*case_inputs(9)).logits]
+
+
+ERRORS: dict[str, Callable[[int], list[Tensor]]] = {
+    "different plans": _different_plans,
+    "wrong tp": _wrong_tp,
+    "chosen by WORLD_SIZE": _chosen_by_world_size,
+}
+
+
+def main(folder: Path) -> None:
+    """Runs every case and writes what came of it."""
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    results: dict[str, list[Tensor] | str] = {}
+    for name, case in CASES.items():
+        results[name] = case.run("distributed")
+    for name, attempt in ERRORS.items():
+        try:
+            results[name] = attempt(rank)
+        except SpdCompileError as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    torch.save(results, folder / f"rank_{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

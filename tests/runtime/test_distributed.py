@@ -1,0 +1,112 @@
+"""Two processes under torchrun: the same logits on every rank, and those of the local executor.
+
+One launch runs all cases of distributed_worker.py, because starting processes costs more than they
+do. Bounds are those of tests/numerics/test_lossless.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import spdcompile
+from tests.compare import rel_err
+from tests.models import left_padded, tiny, token_ids
+from tests.runtime.distributed_worker import CASES, NOTHING, TP, case_inputs
+
+ROOT = Path(__file__).parents[2]
+F32_BOUND = 1e-5
+VISIBLE = 1e-3
+LAUNCH_TIMEOUT_S = 240  # far beyond what it takes, and short of the limit of a test
+
+Results = list[dict[str, list[Tensor] | str]]
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each rank wrote, by rank."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(TP), "-m", "tests.runtime.distributed_worker", str(folder)),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LAUNCH_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(TP)]
+
+
+@cache
+def _local(name: str) -> list[Tensor]:
+    return CASES[name]._replace(backend="eager").run("local")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_holds_the_same_bits(results: Results, name: str) -> None:
+    first, second = (rank[name] for rank in results)
+    assert len(first) == len(CASES[name].lengths)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_distributed_equals_local(results: Results, name: str) -> None:
+    for logits, expected, length in zip(
+        results[0][name], _local(name), CASES[name].lengths, strict=True
+    ):
+        _, mask = case_inputs(length)
+        assert rel_err(logits, expected, real=mask) < F32_BOUND
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_distributed_equals_hugging_face_if_nothing_is_dropped(results: Results, name: str) -> None:
+    case, (ids, mask) = CASES[name], case_inputs(CASES[name].lengths[0])
+    with torch.no_grad():
+        expected = case.model()(input_ids=ids, attention_mask=mask).logits
+    error = rel_err(results[0][name][0], expected, real=mask)
+    assert error < F32_BOUND if case.dropped == NOTHING else error > VISIBLE
+
+
+def test_ranks_with_different_plans_do_not_start(results: Results) -> None:
+    for rank, found in enumerate(results):
+        text = found["different plans"]
+        assert text.startswith("PlanError: The ranks do not run the same plan.")
+        assert f"where  : rank {rank}" in text
+        assert "rank 0: " in text and "rank 1: " in text
+
+
+def test_tp_that_is_not_the_number_of_processes_is_refused(results: Results) -> None:
+    for found in results:
+        assert found["wrong tp"].startswith("UsageError: WORLD_SIZE=2 but tp=4.")
+
+
+def test_world_size_chooses_the_distributed_executor(results: Results) -> None:
+    for found in results:
+        (logits,), (expected,) = found["chosen by WORLD_SIZE"], found["llama, nothing dropped"]
+        assert torch.equal(logits, expected)
+
+
+def test_inductor_runs_two_lengths_of_the_local_executor() -> None:
+    model = tiny("llama", layers=1, hidden=32, heads=4, intermediate=50)
+    compiled, eager = (
+        spdcompile.compile(model, tp=TP, spd_mask=[True], executor="local", backend=backend)
+        for backend in ("inductor", "eager")
+    )
+    for length in (9, 5):
+        ids, valid = left_padded(token_ids(length=length))
+        expected = eager(ids, valid).logits
+        assert rel_err(compiled(ids, valid).logits, expected, real=valid) < F32_BOUND
