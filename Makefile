@@ -40,7 +40,7 @@ demo: $(VENV)/.installed
 # One thread: the same sums in the same order on every machine.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

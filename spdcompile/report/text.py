@@ -70,9 +70,9 @@ def _region_row(region: RegionReport) -> tuple[str, ...]:
         for split in ("columns", "rows")
     }
     a_rank = str(region.units_per_rank)
-    if not region.in_order:
-        a_rank = " | ".join(region.units)
-    elif region.num_units != region.units_per_rank * len(region.units):
+    if region.kind == "attn" or not region.in_order:
+        a_rank = f"{a_rank}: {' | '.join(region.units)}"
+    if region.num_units != region.units_per_rank * len(region.units):
         a_rank = f"{a_rank} (padded)"
     units = f"{region.num_units} {_UNITS[region.kind]}"
     return region.name, units, a_rank, modules["columns"], modules["rows"]

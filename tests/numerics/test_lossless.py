@@ -102,7 +102,7 @@ def test_logits_equal_hugging_face(
         assert rel_err(logits.to(expected.dtype), expected, real=mask) < _bound(family, dtype)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ("llama_gqa", "gpt2", "bloom", "phi3", "gpt_neox", "mixtral"))
 def test_three_ranks_pad_what_does_not_divide(family: str) -> None:
     """Three ranks divide neither heads nor MLP channels nor vocabulary."""
     model = tiny(family, layers=1, hidden=32, heads=4, kv_heads=_kv_heads(family), vocab=VOCAB)
