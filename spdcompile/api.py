@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from spdcompile.errors import PlanError, UsageError
-from spdcompile.models import resolve_model
+from spdcompile.models import ModelSource, resolve_model
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
 from spdcompile.plan import HeadGroups, Plan, attention_points
@@ -25,8 +24,6 @@ from spdcompile.runtime.executor import Backend, Executor
 from spdcompile.runtime.inputs import program_inputs
 from spdcompile.runtime.local import LocalExecutor
 from spdcompile.runtime.weights import checkpoint_tensors
-
-ModelLike = PreTrainedModel | PretrainedConfig | str | Path
 
 
 class CompiledModel:
@@ -123,7 +120,7 @@ class CompiledModel:
 
 
 def compile(
-    model: ModelLike,
+    model: ModelSource,
     *,
     tp: int,
     spd_mask: Sequence[bool] | Plan | None = None,

