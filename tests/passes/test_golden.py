@@ -1,8 +1,9 @@
 """The program after each pass, as text: what a pass does is a diff of two files in golden/.
 
-Rewrite the files with `UPDATE_GOLDEN=1 pytest tests/passes/test_golden.py`, and read the diff. Other
-versions of torch and transformers write the same models with other operators (5.17 computes rotary
-embeddings otherwise than 5.23), so the texts are compared under the versions they were written with.
+Rewrite the files with `UPDATE_GOLDEN=1 pytest tests/passes/test_golden.py`, and read the diff.
+Other versions of torch and transformers write the same models with other operators (5.17 computes
+rotary embeddings otherwise than 5.23), so the texts are compared under the versions they were
+written with.
 """
 
 from __future__ import annotations
