@@ -35,7 +35,7 @@ def call_of(node: fx.Node, describe: Callable[[fx.Node], tuple[Any, Any]]) -> Ca
         value = arg.meta["val"]
         if isinstance(value, torch.Tensor):
             placement, ids = describe(arg)
-            return Operand(shape_at_one(value), placement, ids, arg.op == "placeholder")
+            return Operand(shape_at_one(value), placement, ids)
         if isinstance(value, list | tuple):
             placement, ids = describe(arg)
             return Operand((), placement, ids)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from spdcompile.errors import PassError, SpdCompileError
 from spdcompile.passes.assign import Assign, HeadGroups
-from spdcompile.passes.base import Invariant, Numerics, PassResult, Program, Refusal
+from spdcompile.passes.base import Invariant, Numerics, Pass, PassResult, Program, Refusal
 from spdcompile.passes.capture import capture
 from spdcompile.passes.drop import Drop, PointName
 from spdcompile.passes.localize import localize
@@ -104,7 +104,7 @@ def start(model: PreTrainedModel) -> Lowering:
     return Lowering(result.program, (_record("capture", Numerics.EXACT, began, result),))
 
 
-def advance(lowering: Lowering, steps: Iterable[Step]) -> Lowering:
+def advance(lowering: Lowering, steps: Iterable[Pass]) -> Lowering:
     """Runs passes one after the other, each between the checks that its contract names.
 
     Raises:
@@ -132,14 +132,6 @@ def advance(lowering: Lowering, steps: Iterable[Step]) -> Lowering:
         records.append(record)
         program = result.program
     return Lowering(program, tuple(records))
-
-
-def lower(
-    model: PreTrainedModel, tp: int, head_groups: HeadGroups, points: frozenset[PointName]
-) -> Lowering:
-    """The whole pipeline: from a model to the program that every rank runs."""
-    lowering = advance(start(model), preserving(tp, head_groups))
-    return advance(lowering, changing(points))
 
 
 def _record(name: str, numerics: Numerics, began: float, result: PassResult) -> PassRecord:

@@ -66,7 +66,6 @@ class Operand:
     shape: tuple[int, ...]
     placement: Any = R
     ids: Any = None
-    is_param: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,7 @@ from tests.runtime.operator_cases import (
     random_inputs,
 )
 
-
-@pytest.fixture(autouse=True)
-def _reproducible() -> None:
-    torch.manual_seed(7)
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("reproducible")
 
 
 @pytest.mark.parametrize("padding", PADDINGS)

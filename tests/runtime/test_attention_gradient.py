@@ -30,11 +30,7 @@ from tests.runtime.operator_cases import (
     random_inputs,
 )
 
-
-@pytest.fixture(autouse=True)
-def _reproducible() -> None:
-    torch.manual_seed(7)
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("reproducible")
 
 
 def loss_of(attention: Callable[..., Tensor], setting: str) -> Callable[..., Tensor]:

@@ -25,11 +25,7 @@ from tests.runtime.operator_cases import (
     attend_plainly,
 )
 
-
-@pytest.fixture(autouse=True)
-def _reproducible() -> None:
-    torch.manual_seed(7)
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("reproducible")
 
 
 class Counting:

@@ -33,11 +33,7 @@ from tests.runtime.operator_cases import (
     random_inputs,
 )
 
-
-@pytest.fixture(autouse=True)
-def _reproducible() -> None:
-    torch.manual_seed(7)
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("reproducible")
 
 
 def test_sync_sums_over_ranks_and_is_shared() -> None:
