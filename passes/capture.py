@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind
 from transformers import AttentionInterface, PreTrainedModel
 
 from spdcompile.errors import CaptureError
+from spdcompile.passes._torch import OpOverload
 from spdcompile.passes.base import (
     BlockGraph,
     ParamRef,
@@ -86,7 +87,7 @@ def _export(model: PreTrainedModel, positions: Positions | None) -> ExportedProg
     shape = {0: batch, 1: length}
     try:
         with torch.no_grad():
-            return torch.export.export(
+            exported = torch.export.export(
                 _Captured(model, positions is not None),
                 (ids, torch.ones_like(ids), torch.zeros_like(ids)),
                 dynamic_shapes=dict.fromkeys(
@@ -94,6 +95,9 @@ def _export(model: PreTrainedModel, positions: Positions | None) -> ExportedProg
                 ),
                 strict=False,
             )
+            # Without decompositions this only puts each operator that writes in place in its
+            # functional form; the graph of a model that has none stays as it is.
+            return exported.run_decompositions({}) if _writes_in_place(exported) else exported
     except _UnsupportedAttentionError:
         raise
     except Exception as error:
@@ -104,6 +108,13 @@ def _export(model: PreTrainedModel, positions: Positions | None) -> ExportedProg
             needed="a forward pass without data-dependent control flow",
             fix="see docs of torch.export, or report the architecture",
         ) from error
+
+
+def _writes_in_place(exported: ExportedProgram) -> bool:
+    return any(
+        isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+        for node in exported.graph.nodes
+    )
 
 
 @contextmanager

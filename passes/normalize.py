@@ -17,6 +17,8 @@ aten = torch.ops.aten
 
 _ASSERTS = (aten._assert_tensor_metadata.default,)
 _ALIASES = (aten.alias.default, aten.detach.default, aten.detach_.default)
+_CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
 _TRANSPOSES = (aten.t.default, aten.numpy_T.default)
 
 Rewrite = Callable[[fx.Node, dict[str, ParamRef]], fx.Node | None]
@@ -60,7 +62,7 @@ def _idle_dropout(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
 
 def _cast(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
     """A cast to the dtype that is there already goes; a program knows no device."""
-    if node.target not in (aten.to.dtype, aten.to.device, aten.to.dtype_layout):
+    if node.target not in _CASTS:
         return None
     source, wanted = node.args[0], node.meta["val"].dtype
     if source.meta["val"].dtype == wanted:
@@ -68,6 +70,11 @@ def _cast(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
     if node.target is aten.to.dtype and len(node.args) == 2 and not node.kwargs:
         return None
     return _insert(node, aten.to.dtype, (source, wanted))
+
+
+def _view(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
+    """A view holds for certain strides only, and those of a share may be others."""
+    return _insert(node, aten.reshape.default, node.args) if node.target in _VIEWS else None
 
 
 def _addmm(node: fx.Node, params: dict[str, ParamRef]) -> fx.Node | None:
@@ -106,7 +113,9 @@ def _is_zero(size: object) -> bool:
     return isinstance(size, int) and size == 0
 
 
-_REWRITES: tuple[Rewrite, ...] = (_alias, _idle_dropout, _cast, _addmm, _matmul, _cat_of_nothing)
+_REWRITES: tuple[Rewrite, ...] = (
+    *(_alias, _idle_dropout, _cast, _view, _addmm, _matmul, _cat_of_nothing),
+)
 
 
 def _insert(node: fx.Node, target: Callable[..., object], args: tuple[object, ...]) -> fx.Node:

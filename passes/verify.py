@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from spdcompile.errors import CollectiveCountError, InvariantError
+from spdcompile.passes._torch import OpOverload
 from spdcompile.passes.base import Invariant, Program
 from spdcompile.passes.drop import all_points
 from spdcompile.passes.layout import Assignment
@@ -15,7 +16,10 @@ from spdcompile.passes.ops import SYNC
 from spdcompile.passes.placement.types import P, Placement, Shard, V
 
 aten = torch.ops.aten
-_NOT_NORMAL = (aten.addmm.default, aten.alias.default, aten._assert_tensor_metadata.default)
+_NOT_NORMAL = (
+    *(aten.addmm.default, aten.alias.default, aten._assert_tensor_metadata.default),
+    *(aten.view.default, aten._unsafe_view.default),
+)
 
 
 def verify(program: Program, invariants: frozenset[Invariant]) -> None:
@@ -80,8 +84,12 @@ def _well_formed(program: Program) -> Iterator[str]:
 
 def _normal(program: Program) -> Iterator[str]:
     for key, node in _nodes(program):
-        if node.target in _NOT_NORMAL:
-            yield f"{key} holds {node.target}"
+        target = node.target
+        if target in _NOT_NORMAL:
+            yield f"{key} holds {target}"
+        elif isinstance(target, OpOverload) and target._schema.is_mutable:
+            # Dead-code removal and the split into parts know of results only.
+            yield f"{key} holds {target}, which writes in place"
 
 
 def _split(program: Program) -> Iterator[str]:
