@@ -37,14 +37,6 @@ class Assign:
         return PassResult(replace(program, parts=tuple(parts), tp=self.tp), count)
 
     def _assign(self, part: Part, region: Region) -> Assignment:
-        if self.tp > region.num_units:
-            raise UsageError(
-                f"tp={self.tp} is more than this model can use.",
-                where=f"{part.module or part.name}.{region.name}",
-                found=f"{region.num_units} units that can be split",
-                needed="at least one unit a rank",
-                fix=f"choose tp of at most {region.num_units}",
-            )
         if region.kind is RegionKind.ATTENTION and part.layer in self.head_groups:
             return self._given(part, region, self.head_groups[part.layer])
         return even_split(region.num_units, self.tp)

@@ -66,23 +66,26 @@ class Refusal:
     Args:
         subject: what was refused: a linear, a region, a sync point.
         node: the graph node that stood in the way.
+        graph: key of its graph; "" where it is no matter of one graph.
     """
 
     subject: str
     reason: str
     node: str = ""
+    graph: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Linears that are split together.
+    """Projections that are split together.
 
     Args:
         name: unique in its graph: "attn", "mlp", "head", or with a number behind ("attn_2").
         num_units: how many units its channels fall into.
-        columns: weight placeholder -> layout of its output features (dim 0).
-        rows: weight placeholder -> layout of its input features (dim 1).
-        linears: node names of its linears, in graph order.
+        columns: weight placeholder -> layout of its output features.
+        rows: weight placeholder -> layout of its input features.
+        dims: weight placeholder -> the dim that is split.
+        linears: node names of its projections, in graph order.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Region:
     num_units: int
     columns: Mapping[str, Layout]
     rows: Mapping[str, Layout]
+    dims: Mapping[str, int]
     linears: tuple[str, ...]
 
 
@@ -109,12 +113,16 @@ class SyncPoint:
 
 @dataclass(frozen=True, slots=True)
 class BlockGraph:
-    """One distinct graph with what the passes know of it."""
+    """One distinct graph with what the passes know of it.
+
+    Args:
+        partials: the sync point of each partial sum, in graph order, before any were merged.
+    """
 
     module: fx.GraphModule
     regions: tuple[Region, ...] = ()
     sync_points: tuple[SyncPoint, ...] = ()
-    num_partials: int = 0
+    partials: tuple[str, ...] = ()
 
     def copied(self) -> BlockGraph:
         """The same with a graph of its own: what a pass may change in place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -95,9 +96,7 @@ def _export(model: PreTrainedModel, positions: Positions | None) -> ExportedProg
                 ),
                 strict=False,
             )
-            # Without decompositions this only puts each operator that writes in place in its
-            # functional form; the graph of a model that has none stays as it is.
-            return exported.run_decompositions({}) if _writes_in_place(exported) else exported
+            return _functional(exported) if _writes_in_place(exported) else exported
     except _UnsupportedAttentionError:
         raise
     except Exception as error:
@@ -108,6 +107,14 @@ def _export(model: PreTrainedModel, positions: Positions | None) -> ExportedProg
             needed="a forward pass without data-dependent control flow",
             fix="see docs of torch.export, or report the architecture",
         ) from error
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """The same without decompositions, but each operator that writes in place made functional."""
+    with warnings.catch_warnings():
+        # torch 2.13 copies its own tree specs in a way that it deprecates.
+        warnings.simplefilter("ignore", FutureWarning)
+        return exported.run_decompositions({})
 
 
 def _writes_in_place(exported: ExportedProgram) -> bool:

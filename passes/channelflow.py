@@ -1,4 +1,4 @@
-"""Follows channel ids through one graph: what meets what, from linear to linear."""
+"""Follows channel ids through one graph: what meets what, from projection to projection."""
 
 from __future__ import annotations
 
@@ -10,12 +10,32 @@ import torch
 from torch import Tensor, fx
 
 from spdcompile.passes.base import module_path
-from spdcompile.passes.concrete import call_of
+from spdcompile.passes.concrete import call_of, shape_at_one
 from spdcompile.passes.placement import RULES
 from spdcompile.passes.placement.channels import Channels
 from spdcompile.passes.placement.types import R
+from spdcompile.passes.projections import Projection, projection_of
 
-LINEAR = torch.ops.aten.linear.default
+aten = torch.ops.aten
+# Reductions that a sum over the ranks can complete.
+SUMMABLE = (aten.mean.dim, aten.sum.dim_IntList)
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """How a graph is followed.
+
+    Args:
+        silent: projections whose output is the same on all ranks, after a sum perhaps: it carries
+            no channels.
+        summed: reductions over channels that a sum over the ranks completes, so that they tie
+            nothing together.
+        shared: ids of channels that several units may read (`Channels`).
+    """
+
+    silent: frozenset[fx.Node] = frozenset()
+    summed: frozenset[fx.Node] = frozenset()
+    shared: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -23,19 +43,29 @@ class Flow:
     """What following the channels found out.
 
     Args:
-        produced: linear -> ids of its output features, int64 [out].
-        consumed: linear -> ids of its input features, int64 [in], -1 where none.
+        projections: node -> the projection that it computes.
+        produced: projection -> ids of its output features, int64 [out].
+        consumed: projection -> ids of its input features, int64 [in], -1 where none.
+        reduced: reduction over channels -> the ids that it reduces.
         touched: node -> one id of each class of channels that it computes on.
-        escaped: ids that leave the graph -> why that matters.
+        opaque: ids that meet an operator without a rule -> why that matters.
         outputs: ids of the graph's outputs.
+        served: (shared id, id that it serves), int64 [2, n].
+        hubs: ids that some operator hands to several others at once.
+        shared: ids that were followed as shared.
     """
 
+    projections: dict[fx.Node, Projection] = field(default_factory=dict)
     produced: dict[fx.Node, Tensor] = field(default_factory=dict)
     consumed: dict[fx.Node, Tensor] = field(default_factory=dict)
+    reduced: dict[fx.Node, Tensor] = field(default_factory=dict)
     touched: dict[fx.Node, Tensor] = field(default_factory=dict)
     opaque: list[tuple[Tensor, str]] = field(default_factory=list)
     outputs: list[Tensor | None] = field(default_factory=list)
     classes: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    served: np.ndarray = field(default_factory=lambda: np.zeros((2, 0), dtype=np.int64))
+    hubs: frozenset[int] = frozenset()
+    shared: frozenset[int] = frozenset()
 
     def class_of(self, ids: Tensor) -> np.ndarray:
         """Class of each id that is one."""
@@ -43,31 +73,41 @@ class Flow:
         return self.classes[flat[flat >= 0].numpy()]
 
 
-def follow_channels(graph: fx.Graph, params: frozenset[str]) -> Flow:
-    """Gives each output feature of each linear an id and runs the graph on the ids.
+def follow_channels(graph: fx.Graph, params: frozenset[str], choices: Choices) -> Flow:
+    """Gives each output feature of each projection an id and runs the graph on the ids.
+
+    A feature has the same id whatever the choices are.
 
     Args:
         params: names of the placeholders that are parameters.
     """
-    flow, channels = Flow(), Channels()
+    flow, channels = Flow(shared=choices.shared), Channels(choices.shared)
     ids: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if node.op == "call_function":
-            ids[node] = _step(node, params, ids, channels, flow)
+            ids[node] = _step(node, params, ids, channels, flow, choices)
         elif node.op == "output":
             flow.outputs = [ids.get(arg) for arg in node.args[0]]
-    flow.classes = channels.classes()
+    flow.classes, flow.served = channels.classes(), channels.served()
+    flow.hubs = frozenset(channels.hubs)
     return flow
 
 
 def _step(
-    node: fx.Node, params: frozenset[str], ids: dict[fx.Node, Any], channels: Channels, flow: Flow
+    node: fx.Node,
+    params: frozenset[str],
+    ids: dict[fx.Node, Any],
+    channels: Channels,
+    flow: Flow,
+    choices: Choices,
 ) -> Any:
     """Ids of one node's result."""
-    if is_projection(node, params):
-        given = ids.get(node.args[0])
-        if given is None or given.numel() == given.shape[-1]:
-            return _project(node, given, channels, flow)
+    projection = projection_of(node, params)
+    if projection is not None:
+        given = ids.get(projection.value)
+        if given is None or _only_along_last(given):
+            out = _project(node, projection, given, channels, flow)
+            return None if node in choices.silent else out
     call = call_of(node, lambda arg: (R, ids.get(arg)))
     carried = [o.ids for o in call.operands() if isinstance(o.ids, Tensor)]
     rule = RULES.get(node.target)
@@ -78,17 +118,24 @@ def _step(
         return None
     if carried:
         flow.touched[node] = torch.cat([c.reshape(-1) for c in carried])
+        if node.target in SUMMABLE:
+            flow.reduced[node] = carried[0]
+            if node in choices.summed:
+                return None
     return rule.follow(call, channels)
 
 
-def _project(node: fx.Node, given: Tensor | None, channels: Channels, flow: Flow) -> Tensor:
+def _only_along_last(ids: Tensor) -> bool:
+    """Whether ids differ along the last dim alone, the one that a projection contracts."""
+    return bool((ids == ids.reshape(-1, ids.shape[-1])[0]).all())
+
+
+def _project(
+    node: fx.Node, projection: Projection, given: Tensor | None, channels: Channels, flow: Flow
+) -> Tensor:
+    flow.projections[node] = projection
     if given is not None:
-        flow.consumed[node] = given.reshape(-1)
-    out = channels.fresh(node.args[1].meta["val"].shape[0])
+        flow.consumed[node] = given.reshape(-1, given.shape[-1])[0]
+    out = channels.fresh(projection.weight.meta["val"].shape[projection.out_dim])
     flow.produced[node] = out
-    return out.view(*(1 for _ in node.meta["val"].shape[1:]), -1)
-
-
-def is_projection(node: fx.Node, params: frozenset[str]) -> bool:
-    """Whether a node is a linear whose weight is a parameter."""
-    return node.target is LINEAR and node.args[1].name in params
+    return out.expand(shape_at_one(node.meta["val"]))

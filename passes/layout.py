@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,35 +12,64 @@ import torch
 Assignment = tuple[tuple[int, ...], ...]
 """Units per rank: `assignment[rank]` lists unit ids in ascending order."""
 
+EVERY = -1
+"""Owner of an index that every rank holds."""
+
 
 class UnevenLayoutError(ValueError):
     """The units along a dim do not form whole, equal runs, so no rank-independent split exists."""
+
+
+class Run(NamedTuple):
+    """A stretch of a dim that the ranks share in one way.
+
+    Args:
+        start: its first index.
+        length: how many indices it has.
+        each: indices per unit, those of a shared group counted for each of its units; 0 where
+            every rank holds the whole run.
+        group: units that share the same indices; 1 where each unit has its own.
+    """
+
+    start: int
+    length: int
+    each: int
+    group: int
+
+    def local_size(self, units: int) -> int:
+        """Its size on a rank with that many units."""
+        return self.each * units if self.each else self.length
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Layout:
     """Which unit owns each index of a split dim.
 
-    A *run* is a stretch in which every unit appears once, in order, with the same number of
-    indices: a fused [q | k | v] output is three runs, a plain projection one.
+    Owners fall into *runs*. In a run of units every unit appears once, in order, with the same
+    number of indices: a fused [q | k | v] output is three of them, a plain projection one. In a
+    run of groups the indices belong to `copies` consecutive units each, which all hold them: a K/V
+    head whose query heads are on several ranks. A run of EVERY is held by all ranks.
 
     Args:
         region: name of the region whose units these are.
         num_units: how many units the region has.
-        owners: unit of each index, int64 [N].
+        owners: int64 [N]: unit u, or num_units + g for group g, or EVERY.
+        copies: units in a group.
     """
 
     region: str
     num_units: int
     owners: np.ndarray
+    copies: int = 1
+    runs: tuple[Run, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.runs()
+        object.__setattr__(self, "runs", tuple(self._find_runs()))
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Layout)
-            and self.region == other.region
+            and (self.region, self.copies) == (other.region, other.copies)
             and np.array_equal(self.owners, other.owners)
         )
 
@@ -49,45 +79,68 @@ class Layout:
     def __len__(self) -> int:
         return len(self.owners)
 
-    def runs(self) -> list[tuple[int, int]]:
-        """(start, indices per unit) of each run.
+    def _find_runs(self) -> list[Run]:
+        """The runs in order.
 
         Raises:
             UnevenLayoutError: a stretch that does not hold every unit equally often, in order.
         """
-        starts = [0, *(np.flatnonzero(np.diff(self.owners) < 0) + 1), len(self.owners)]
+        kinds = np.where(self.owners == EVERY, 0, np.where(self.owners < self.num_units, 1, 2))
+        breaks = (np.diff(self.owners) < 0) | (np.diff(kinds) != 0)
         runs = []
-        for start, stop in pairwise(starts):
-            each, rest = divmod(int(stop - start), self.num_units)
-            expected = np.repeat(np.arange(self.num_units), each)
+        for start, stop in pairwise([0, *(np.flatnonzero(breaks) + 1), len(self.owners)]):
+            length, kind = int(stop - start), kinds[start]
+            if kind == 0:
+                runs.append(Run(int(start), length, 0, 1))
+                continue
+            first, group = (0, 1) if kind == 1 else (self.num_units, self.copies)
+            each, rest = divmod(length, self.num_units // group)
+            expected = first + np.repeat(np.arange(self.num_units // group), each)
             if rest or not np.array_equal(self.owners[start:stop], expected):
                 raise UnevenLayoutError(
-                    f"indices {start}..{stop} do not hold each of {self.num_units} units equally"
+                    f"indices {start}..{stop} do not hold each of {self.num_units // group} units "
+                    "equally"
                 )
-            runs.append((int(start), each))
+            runs.append(Run(int(start), length, each, group))
         return runs
+
+    @property
+    def times_held(self) -> int | None:
+        """How many units hold each index; None if that differs between the runs."""
+        groups = {run.group if run.each else None for run in self.runs}
+        return groups.pop() if len(groups) == 1 else None
 
     def local_size(self, units_per_rank: int) -> int:
         """Size of the dim on one rank."""
-        return len(self.owners) // self.num_units * units_per_rank
+        return sum(run.local_size(units_per_rank) for run in self.runs)
 
     def local_offset(self, index: int, units_per_rank: int) -> int:
-        """Where a run boundary of the global dim lies on a rank.
+        """Where an index of the global dim that no unit's indices straddle lies on a rank.
 
         Raises:
-            UnevenLayoutError: `index` is not a boundary between runs.
+            UnevenLayoutError: `index` lies inside a run of units.
         """
-        index = min(index, len(self.owners))
-        if index not in {len(self.owners), *(start for start, _ in self.runs())}:
-            raise UnevenLayoutError(f"index {index} lies inside a run of units")
-        return index // self.num_units * units_per_rank
+        local = 0
+        for run in self.runs:
+            if run.start == index:
+                return local
+            if run.start < index < run.start + run.length:
+                if run.each:
+                    raise UnevenLayoutError(f"index {index} lies inside a run of units")
+                return local + index - run.start
+            local += run.local_size(units_per_rank)
+        return local
 
     def indices(self, units: tuple[int, ...], units_per_rank: int) -> np.ndarray:
         """Global indices of the given units in local order; -1 where a missing unit is padded."""
         pieces = []
-        for start, each in self.runs():
-            local = np.full((units_per_rank, each), -1, dtype=np.int64)
-            local[: len(units)] = start + np.array(units)[:, None] * each + np.arange(each)
+        for run in self.runs:
+            if not run.each:
+                pieces.append(np.arange(run.start, run.start + run.length))
+                continue
+            local = np.full((units_per_rank, run.each), -1, dtype=np.int64)
+            first = run.start + np.array(units, dtype=np.int64) // run.group * run.each
+            local[: len(units)] = first[:, None] + np.arange(run.each)
             pieces.append(local.reshape(-1))
         return np.concatenate(pieces)
 
@@ -95,6 +148,8 @@ class Layout:
 @dataclass(frozen=True, eq=False, slots=True)
 class ShardSpec:
     """How a parameter is cut: rank r holds `index[r]` along `dim`; -1 stands for zeros.
+
+    What several units share occurs on several ranks, or several times on one.
 
     Args:
         index: int64 [tp, local size].
@@ -118,7 +173,10 @@ class ShardSpec:
         return local * (index >= 0).view(shape).to(local.dtype)
 
     def unshard(self, stacked: torch.Tensor, size: int) -> torch.Tensor:
-        """The global tensor that stacked shards [tp, ...] came from; padding is left out."""
+        """The global tensor that stacked shards [tp, ...] came from; padding is left out.
+
+        Of an entry that occurs several times, one is taken: they are equal.
+        """
         shape = list(stacked.shape[1:])
         shape[self.dim] = size
         whole = stacked.new_zeros(shape)
@@ -128,10 +186,27 @@ class ShardSpec:
             whole.index_copy_(self.dim, target, stacked[rank].index_select(self.dim, keep))
         return whole
 
+    def tied(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of stacked shards [tp, ...] in which an entry's copies get their sum."""
+        if not self.repeated:
+            return gradient
+        flat = torch.from_numpy(np.where(self.index < 0, self.index.max() + 1, self.index))
+        by_entry = gradient.movedim(self.dim + 1, 1).flatten(0, 1)
+        total = by_entry.new_zeros((int(flat.max()) + 1, *by_entry.shape[1:]))
+        total.index_add_(0, flat.reshape(-1), by_entry)
+        back = total.index_select(0, flat.reshape(-1)).unflatten(0, flat.shape)
+        return back.movedim(1, self.dim + 1)
+
     @property
     def local_size(self) -> int:
         """Size along `dim` on each rank."""
         return self.index.shape[1]
+
+    @property
+    def repeated(self) -> int:
+        """Entries along `dim`, over all ranks, that are there already once."""
+        held = self.index[self.index >= 0]
+        return len(held) - len(np.unique(held))
 
     @property
     def padded(self) -> int:

@@ -12,12 +12,17 @@ from spdcompile.passes.placement.types import P, R
 aten = torch.ops.aten
 
 
-def carries(node: fx.Node, pending: frozenset[fx.Node]) -> bool:
+def carries(
+    node: fx.Node, pending: frozenset[fx.Node], unsteady: frozenset[fx.Node] | set[fx.Node]
+) -> bool:
     """Whether an operator is linear in its pending operands, taken together.
 
     Read off the rule table: the operator has a row with P at those operands and R elsewhere. Of
     the operators with several tensor operands, addition carries whatever the other operand is, and
-    multiplication only a factor that is the same on every rank for certain, an input of the graph.
+    multiplication only a factor that is the same on every rank for certain.
+
+    Args:
+        unsteady: values that may differ from rank to rank.
     """
     tensors = tensor_args(node)
     if len(tensors) > 1 and node.target is aten.add.Tensor:
@@ -26,8 +31,14 @@ def carries(node: fx.Node, pending: frozenset[fx.Node]) -> bool:
         return same and not node.kwargs and _lets_partials_through(node, frozenset(tensors))
     if len(pending) > 1 or len(tensors) != len(set(tensors)):
         return False
-    steady = all(arg.op == "placeholder" for arg in tensors if arg not in pending)
-    return steady and _lets_partials_through(node, pending)
+    steady = all(_is_whole(arg) for arg in tensors if arg not in pending)
+    return (
+        steady and not unsteady & set(tensors) - pending and _lets_partials_through(node, pending)
+    )
+
+
+def _is_whole(node: fx.Node) -> bool:
+    return node.op == "placeholder" or node.meta.get("placement") == R
 
 
 def is_size(node: fx.Node) -> bool:

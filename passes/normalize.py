@@ -19,7 +19,8 @@ _ASSERTS = (aten._assert_tensor_metadata.default,)
 _ALIASES = (aten.alias.default, aten.detach.default, aten.detach_.default)
 _CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default)
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
-_TRANSPOSES = (aten.t.default, aten.numpy_T.default)
+# With dims that swap, for the last two; of a 2-D weight there are no others.
+_TRANSPOSES = (*(aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default),)
 
 Rewrite = Callable[[fx.Node, dict[str, ParamRef]], fx.Node | None]
 
@@ -94,7 +95,8 @@ def _matmul(node: fx.Node, params: dict[str, ParamRef]) -> fx.Node | None:
     x, weight = node.args
     if weight.op == "call_function" and weight.target in _TRANSPOSES:
         source = weight.args[0]
-        if source.name in params and source.meta["val"].dim() == 2:
+        swapped = weight.target is not aten.permute.default or list(weight.args[1]) == [1, 0]
+        if swapped and source.name in params and source.meta["val"].dim() == 2:
             return _insert(node, aten.linear.default, (x, source))
     if _transpose_param(weight, params):
         return _insert(node, aten.linear.default, (x, weight))

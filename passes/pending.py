@@ -87,6 +87,7 @@ class PendingRewriter:
         self.new = fx.Graph()
         self.env: dict[fx.Node, Value] = {}
         self.varies: dict[fx.Node, str] = {}
+        self.unsteady: set[fx.Node] = set()
         self.order: list[str] = []
         self.points: list[tuple[str, ...]] = []
         self.partial_inputs: dict[str, str] = {}
@@ -107,6 +108,8 @@ class PendingRewriter:
                     value = self._step(node)
                 else:
                     self.order += value.points
+                    if not value.kept:
+                        self._note_unsteady(node)
                 self.env[node] = self._settle_early(node, value)
             else:
                 self._output(node)
@@ -128,6 +131,16 @@ class PendingRewriter:
             partial = self._placeholder_like(node, f"{node.name}_partial", P)
             self.partial_inputs[whole.name] = partial.name
             self.env[node] = Pending(whole, partial, (), kept=False)
+            self._note_unsteady(node)
+
+    def _note_unsteady(self, node: fx.Node) -> None:
+        """What follows from a value that is not summed may differ from rank to rank."""
+        found = [node]
+        while found:
+            one = found.pop()
+            if one not in self.unsteady:
+                self.unsteady.add(one)
+                found += [user for user in one.users if user.target is not SYNC]
 
     def _copy(self, node: fx.Node) -> fx.Node:
         """The node in the new graph, reading plain values."""
@@ -180,7 +193,7 @@ class PendingRewriter:
         if is_size(node):
             return self._size(node)
         pending = [a for a in node.all_input_nodes if isinstance(self.env[a], Pending)]
-        if not pending or not carries(node, frozenset(pending)):
+        if not pending or not carries(node, frozenset(pending), self.unsteady):
             return self._copy_settled(node)
         if len(tensor_args(node)) > 1 and node.target is aten.add.Tensor:
             return self._add(node)
@@ -235,7 +248,7 @@ class PendingRewriter:
         """Settles a kept value at once if some reader needs the sum: all read the same sum."""
         if isinstance(value, Pending) and value.kept:
             readers = [u for u in node.users if u.op != "output" and not is_size(u)]
-            if not all(carries(user, frozenset({node})) for user in readers):
+            if not all(carries(user, frozenset({node}), self.unsteady) for user in readers):
                 return self._settle(value)
         return value
 

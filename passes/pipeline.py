@@ -17,7 +17,7 @@ from spdcompile.passes.drop import Drop, PointName
 from spdcompile.passes.localize import localize
 from spdcompile.passes.normalize import normalize
 from spdcompile.passes.propagate import propagate
-from spdcompile.passes.regions import find_regions
+from spdcompile.passes.regions import FindRegions
 from spdcompile.passes.split import split
 from spdcompile.passes.sync import insert_sync_points
 from spdcompile.passes.verify import verify
@@ -53,7 +53,7 @@ def preserving(tp: int, head_groups: HeadGroups) -> tuple[Step, ...]:
     return (
         Step("normalize", normalize, exact, _START, normal),
         Step("split", split, exact, normal, parts),
-        Step("regions", find_regions, exact, parts, parts),
+        Step("regions", FindRegions(tp), rounding, parts, parts),
         Step("assign", Assign(tp, head_groups), exact, parts, assigned),
         Step("propagate", propagate, rounding, assigned, placed),
         Step("sync", insert_sync_points, rounding, placed, synced),

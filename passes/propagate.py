@@ -65,7 +65,7 @@ def propagate(program: Program) -> PassResult:
     for key, block in program.map_graphs(lambda _, given: given.copied()).graphs.items():
         users = [part for part in program.parts if part.graph == key]
         placer, refused = _place(block, users[0], program.tp)
-        refusals += [replace(r, subject=f"{key}.{r.subject}") for r in refused]
+        refusals += [replace(refusal, graph=key) for refusal in refused]
         placer.apply()
         graphs[key] = replace(block, regions=tuple(placer.regions))
         constants |= {ref.fqn: data for ref, data in placer.tables.values()}
@@ -136,8 +136,8 @@ class _Placer:
         self.heads = {r.name for r in self.regions if r.kind is RegionKind.HEAD}
         self.seeds: dict[str, Shard] = {}
         for region in self.regions:
-            self.seeds |= {name: Shard(0, layout) for name, layout in region.columns.items()}
-            self.seeds |= {name: Shard(1, layout) for name, layout in region.rows.items()}
+            for name, layout in (*region.columns.items(), *region.rows.items()):
+                self.seeds[name] = Shard(region.dims[name], layout)
 
     def run(self) -> None:
         """Decides the placement of every node.
@@ -175,8 +175,7 @@ class _Placer:
     def _is_biased_row(self, node: fx.Node) -> bool:
         if node.target is not aten.linear.default or len(node.args) < 3 or node.args[2] is None:
             return False
-        seed = self.seeds.get(node.args[1].name)
-        return seed is not None and seed.dim == 1
+        return any(node.args[1].name in region.rows for region in self.regions)
 
     def _check_local(self, node: fx.Node, call: Call, out: Any) -> None:
         """A rank must be able to run a data movement on its share alone."""

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from torch import fx
 
-from spdcompile.passes.base import BlockGraph, PassResult, Program, SyncPoint
+from spdcompile.passes.base import BlockGraph, PassResult, Program, SyncPoint, module_path
+from spdcompile.passes.channelflow import SUMMABLE
 from spdcompile.passes.ops import SYNC
 from spdcompile.passes.pending import LeakError, Pending, PendingRewriter, Rewritten
 from spdcompile.passes.placement.types import P, Shard
@@ -46,35 +47,62 @@ def rewrite_with_dropped(
 
 
 def _insert(block: BlockGraph) -> BlockGraph:
-    partials = 0
+    names = _partial_names(block)
 
     def source(node: fx.Node, copy: Callable[[fx.Node], fx.Node]) -> Pending | None:
-        nonlocal partials
-        region = _partial_region(node)
-        if region is None:
-            return None
-        partials += 1
-        return Pending(None, copy(node), (region,), kept=True)
+        return Pending(None, copy(node), (names[node],), kept=True) if node in names else None
 
     rewritten = PendingRewriter(block.module.graph, source).run()
-    points = tuple(SyncPoint(names[-1], names[:-1]) for names in rewritten.points)
+    points = tuple(SyncPoint(merged[-1], merged[:-1]) for merged in rewritten.points)
     module = fx.GraphModule({}, rewritten.graph)
-    block = replace(block, module=module, sync_points=points, num_partials=partials)
-    judged = tuple(replace(point, refusal=_refusal(block, point)) for point in points)
+    partials = tuple(names.values())
+    block = replace(block, module=module, sync_points=points, partials=partials)
+    statistics = {name: node for node, name in names.items() if node.target in SUMMABLE}
+    judged = tuple(
+        replace(point, refusal=_refusal(block, point, statistics.get(point.name)))
+        for point in points
+    )
     return replace(block, sync_points=judged)
 
 
+def _partial_names(block: BlockGraph) -> dict[fx.Node, str]:
+    """The nodes at which a partial sum arises, each with the name of its sync point.
+
+    A region's sum is named after it, the statistic of a norm over its units after the norm.
+    """
+    taken = {region.name for region in block.regions}
+    names: dict[fx.Node, str] = {}
+    for node in block.module.graph.nodes:
+        region = _partial_region(node)
+        if region is None:
+            continue
+        name = region
+        if node.target in SUMMABLE or name in names.values():
+            base = module_path(node).rpartition(".")[2] or f"{region}_sum"
+            name, number = base, 2
+            while name in taken:
+                name, number = f"{base}_{number}", number + 1
+        taken.add(name)
+        names[node] = name
+    return names
+
+
 def _partial_region(node: fx.Node) -> str | None:
-    """The region in whose row-split linear a partial sum arises; None elsewhere."""
-    if node.meta["placement"] != P:
+    """The region in whose row-split projection a partial sum arises; None elsewhere."""
+    if node.op != "call_function" or node.meta["placement"] != P:
         return None
     given = [arg.meta["placement"] for arg in node.all_input_nodes if "placement" in arg.meta]
     regions = [placement.layout.region for placement in given if isinstance(placement, Shard)]
     return regions[0] if regions else None
 
 
-def _refusal(block: BlockGraph, point: SyncPoint) -> str:
+def _refusal(block: BlockGraph, point: SyncPoint, statistic: fx.Node | None) -> str:
     """Why a sync point cannot be dropped: found by dropping it."""
+    if statistic is not None:
+        return (
+            f"{module_path(statistic)} takes a mean over channels of all ranks; without the sum "
+            "each rank would normalise by its own share alone"
+        )
     try:
         rewrite_with_dropped(block, frozenset({point.name}))
     except LeakError as why:

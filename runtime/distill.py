@@ -175,7 +175,8 @@ class _Trainer:
         for batch in self._order(len(inputs)):
             gradients = gradient(part, params, inputs[batch], targets[batch])
             for name, param in params.items():
-                param.grad = gradients[name]
+                spec = part.shards.get(name)
+                param.grad = gradients[name] if spec is None else spec.tied(gradients[name])
             optimizer.step()
             schedule.step()
         self._replace(part, params)

@@ -60,7 +60,7 @@ class Along:
                 return placed(P)
             case Shard(dim, layout) if dim not in self.dims(call):
                 return placed(Shard(self._result_dim(call, dim), layout))
-            case Shard(dim, _) if self.additive:
+            case Shard(_, layout) if self.additive and layout.times_held == 1:
                 return placed(P)
         return None
 

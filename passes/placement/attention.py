@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spdcompile.passes.layout import Layout
 from spdcompile.passes.ops import ATTENTION
 from spdcompile.passes.placement.channels import Channels
 from spdcompile.passes.placement.types import (
@@ -44,6 +46,8 @@ class Attention:
             if operand.ids is not None:
                 head = channels.merge_along(operand.ids, (0, 2, 3))
                 repeats = q.shape[_HEADS] // operand.shape[_HEADS]
+                if repeats > 1:
+                    channels.note_hubs(operand.ids)
                 merged = channels.merge(merged, head.repeat_interleave(repeats, _HEADS))
         for operand in rest:
             if operand.ids is not None:
@@ -53,7 +57,10 @@ class Attention:
         return merged.transpose(_HEADS, self.heads_out).expand(call.out_shape)
 
     def place(self, call: Call) -> Placed | None:
-        """q, k and v split along their heads, group by group; masks whole; sinks by head."""
+        """q, k and v split along their heads, group by group; masks whole; sinks by head.
+
+        A K or V that is whole is cut as q is, or serves all of q's heads as its one head.
+        """
         q, k, v, *rest = call.operands()
         placements = [operand.placement for operand in (q, k, v)]
         cuts = self._rest_cuts(q, rest)
@@ -61,15 +68,38 @@ class Attention:
             return None
         if all(isinstance(p, Replicate) for p in placements):
             return placed(R)
-        if not all(isinstance(p, Shard) and p.dim == _HEADS for p in placements):
+        if not (isinstance(q.placement, Shard) and q.placement.dim == _HEADS):
             return None
-        heads, groups = q.placement.layout, k.placement.layout
-        repeats = q.shape[_HEADS] // k.shape[_HEADS]
-        if heads.region != groups.region or groups != v.placement.layout:
+        heads = q.placement.layout
+        for index, operand in ((1, k), (2, v)):
+            whole = isinstance(operand.placement, Replicate)
+            if whole and operand.shape[_HEADS] == q.shape[_HEADS]:
+                cuts[index] = q.placement
+        groups = [cuts.get(index, operand.placement) for index, operand in ((1, k), (2, v))]
+        if groups[0] != groups[1] or not self._belong(heads, groups[0], q, k):
             return None
-        if not np.array_equal(heads.owners, np.repeat(groups.owners, repeats)):
-            return None
-        return Placed(Shard(self.heads_out, q.placement.layout), cuts)
+        return Placed(Shard(self.heads_out, heads), cuts)
+
+    @staticmethod
+    def _belong(heads: Layout, groups: Any, q: Operand, k: Operand) -> bool:
+        """Whether each unit's query heads find their K/V heads on the unit, in their order."""
+        if isinstance(groups, Replicate):
+            return k.shape[_HEADS] == 1
+        if not isinstance(groups, Shard) or groups.dim != _HEADS:
+            return False
+        layout, repeats = groups.layout, q.shape[_HEADS] // k.shape[_HEADS]
+        if (layout.region, layout.num_units) != (heads.region, heads.num_units):
+            return False
+        if np.array_equal(heads.owners, np.repeat(layout.owners, repeats)):
+            return True
+        if len(heads.runs) != 1 or len(layout.runs) != 1:
+            return False
+        for unit in range(heads.num_units):
+            own, shared = (part.indices((unit,), 1) for part in (heads, layout))
+            here, rest = divmod(len(own), len(shared))
+            if rest or not np.array_equal(own // repeats, np.repeat(shared, here)):
+                return False
+        return True
 
     @staticmethod
     def _rest_cuts(q: Operand, rest: list[Operand]) -> dict[int, Shard] | None:

@@ -10,12 +10,21 @@ from torch import Tensor
 
 
 class Channels:
-    """Hands out channel ids and remembers which of them an operator has combined."""
+    """Hands out channel ids and remembers which of them an operator has combined.
 
-    def __init__(self) -> None:
+    A *shared* channel, such as one of a K/V head that several query heads read, ties none of the
+    channels together that it meets: it *serves* them.
+
+    Args:
+        shared: ids of the shared channels.
+    """
+
+    def __init__(self, shared: frozenset[int] = frozenset()) -> None:
         self.count = 0
+        self.hubs: set[int] = set()
+        self._shared = torch.tensor(sorted(shared), dtype=torch.int64)
         self._pairs: list[Tensor] = []
-        self.opaque: dict[int, str] = {}
+        self._served: list[Tensor] = []
 
     def fresh(self, size: int) -> Tensor:
         """New ids, int64 [size]."""
@@ -26,27 +35,58 @@ class Channels:
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Puts a[j] and b[j] into one class, wherever both are ids."""
         differ = (a >= 0) & (b >= 0) & (a != b)
-        if bool(differ.any()):
-            self._pairs.append(torch.stack([a[differ], b[differ]]).unique(dim=1))
+        if not bool(differ.any()):
+            return
+        pairs = torch.stack([a[differ], b[differ]]).unique(dim=1)
+        if len(self._shared):
+            is_shared = self._is_shared(pairs)
+            serving = is_shared[0] != is_shared[1]
+            server_first = torch.where(is_shared[0], pairs, pairs.flip(0))
+            self._served.append(server_first[:, serving])
+            pairs = pairs[:, ~serving]
+        self._pairs.append(pairs)
 
     def merge(self, a: Tensor | None, b: Tensor | None) -> Tensor | None:
         """Ids of a value that combines two values of one shape elementwise."""
         if a is None or b is None:
             return a if b is None else b
         self.unite(a, b)
-        return torch.where(a >= 0, a, b)
+        return torch.where(self._rank(a) >= self._rank(b), a, b)
 
     def merge_along(self, ids: Tensor, dims: tuple[int, ...]) -> Tensor:
         """Unites all ids along `dims`; returns one of them for each, with the dims kept as 1."""
-        most = ids.amax(dims, keepdim=True)
+        own = ids
+        if len(self._shared):
+            own = torch.where(self._is_shared(ids), -1, ids)
+        most = own.amax(dims, keepdim=True)
+        most = torch.where(most >= 0, most, ids.amax(dims, keepdim=True))
         self.unite(ids, most.expand_as(ids))
         return most
 
+    def note_hubs(self, ids: Tensor | None) -> None:
+        """Remembers channels that an operator hands to several others at once."""
+        if ids is not None:
+            self.hubs |= set(ids[ids >= 0].unique().tolist())
+
     def classes(self) -> np.ndarray:
-        """Class of each id, int [count]."""
+        """Class of each id that is not shared with another class, int [count]."""
         if not self._pairs:
             return np.arange(self.count)
         pairs = torch.cat(self._pairs, dim=1).numpy()
         ones = np.ones(pairs.shape[1], dtype=np.int8)
         graph = coo_array((ones, (pairs[0], pairs[1])), shape=(self.count, self.count))
         return connected_components(graph, directed=False)[1]
+
+    def served(self) -> np.ndarray:
+        """(shared id, id that it serves), int64 [2, n]."""
+        if not self._served:
+            return np.zeros((2, 0), dtype=np.int64)
+        return torch.cat(self._served, dim=1).numpy()
+
+    def _is_shared(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, self._shared)
+
+    def _rank(self, ids: Tensor) -> Tensor:
+        """0 where there is no id, 1 for a shared one, 2 for one of its own."""
+        known = (ids >= 0).int()
+        return known * 2 - (known * self._is_shared(ids).int() if len(self._shared) else 0)

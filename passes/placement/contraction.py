@@ -55,6 +55,9 @@ class MatMul:
         self, a: Operand, b: Operand, shape: tuple[int, ...], channels: Channels
     ) -> Tensor | None:
         left = right = None
+        for operand in (a, b):
+            if operand.shape[:-2] != shape[:-2]:
+                channels.note_hubs(operand.ids)
         if a.ids is not None:
             left = channels.merge_along(a.ids, (a.ids.dim() - 1,))
             left = (left.squeeze(-1) if len(b.shape) == 1 else left).expand(shape)
@@ -85,7 +88,7 @@ class MatMul:
             case _ if len(a.shape) < 2 or len(b.shape) < 2:
                 return None
             case Shard(i, x), Shard(j, y) if i == len(a.shape) - 1 and j == contracted:
-                return placed(P) if x == y else None
+                return placed(P) if x == y and x.times_held == 1 else None
             case Shard(i, x), Replicate() if i < len(a.shape) - 1 and self._unbatched(b):
                 return placed(Shard(i + ndim - len(a.shape), x))
             case Shard(i, x), Replicate() if i == len(a.shape) - 2:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spdcompile.passes.layout import Layout, UnevenLayoutError
+from spdcompile.passes.layout import EVERY, Layout, UnevenLayoutError
 from spdcompile.passes.placement.channels import Channels
 from spdcompile.passes.placement.types import (
     Call,
@@ -41,11 +41,15 @@ class Movement:
         operands = call.operands()
         if all(operand.ids is None for operand in operands):
             return None
+        if call.target in _REPEATS:
+            channels.note_hubs(operands[0].ids)
         return _move(call, [no_ids(o.shape) if o.ids is None else o.ids for o in operands])
 
     def place(self, call: Call) -> Placed | None:
-        """All replicated, all partial, or all split in one region."""
+        """All replicated, all partial, or all split in one region; what joins a split is cut."""
         operands = call.operands()
+        cuts = _cuts(call, operands)
+        operands = [replace(o, placement=cuts.get(n, o.placement)) for n, o in enumerate(operands)]
         kinds = {type(operand.placement) for operand in operands}
         if kinds == {Replicate}:
             return placed(R)
@@ -56,10 +60,10 @@ class Movement:
         moved = _move(call, [owner_tensor(operand) for operand in operands])
         layout = operands[0].placement.layout
         pieces = moved if isinstance(moved, list | tuple) else [moved]
-        shards = [split_of(piece, layout) for piece in pieces]
-        if any(shard is None for shard in shards):
+        outs = [placement_of(piece, layout) for piece in pieces]
+        if any(out is None for out in outs):
             return None
-        return placed(shards if isinstance(moved, list | tuple) else shards[0])
+        return Placed(outs if isinstance(moved, list | tuple) else outs[0], cuts)
 
     def localize(self, call: Call, args: tuple[Any, ...], out: Any, resize: Resize) -> Any:
         """The arguments with which a rank runs the operator on its share.
@@ -111,6 +115,20 @@ class Resize:
         return layout.local_offset(index, self.units_per_rank[layout.region])
 
 
+def _cuts(call: Call, operands: list[Operand]) -> dict[int, Shard]:
+    """Cuts for whole operands that a cat or stack joins to split ones along another dim."""
+    shard = next((o.placement for o in operands if isinstance(o.placement, Shard)), None)
+    if call.target not in _JOINS or shard is None:
+        return {}
+    return {
+        number: shard
+        for number, operand in enumerate(operands)
+        if isinstance(operand.placement, Replicate)
+        and operand.shape[shard.dim] == len(shard.layout)
+        and not (call.target is aten.cat.default and _dim_of(call) == shard.dim)
+    }
+
+
 def _move(call: Call, tensors: list[Tensor]) -> Any:
     """Runs the operator on small tensors."""
     moved = call.run(tensors)
@@ -130,26 +148,63 @@ def _unflattened(sizes: list[Any], position: int, out: Shard, resize: Resize) ->
 def _cut_slice(args: list[Any], layout: Layout, _: Any, resize: Resize) -> None:
     """slice(x, dim, start, end, step=1); an end beyond the dim holds for a folded batch too."""
     if len(args) > 4 and args[4] != 1:
-        raise UnevenLayoutError("a strided slice along a split dim")
+        _check_stride(args, layout)
+        return
     for position in range(2, min(len(args), 4)):
         if args[position] is not None and args[position] <= len(layout):
             args[position] = resize.offset(args[position], layout)
 
 
-def _cut_narrow(args: list[Any], layout: Layout, out: Shard, resize: Resize) -> None:
+def _check_stride(args: list[Any], layout: Layout) -> None:
+    """A stride along the whole dim is a rank's own too if each unit holds whole strides.
+
+    Raises:
+        UnevenLayoutError: it is another one.
+    """
+    start, end, step = args[2] or 0, args[3], args[4]
+    whole = start < step and (end is None or end >= len(layout))
+    if not whole or any(run.each % step or run.start % step for run in layout.runs):
+        raise UnevenLayoutError("a strided slice along a split dim")
+    if any(not run.each and run.length % step for run in layout.runs):
+        raise UnevenLayoutError("a strided slice along a split dim")
+
+
+def _cut_narrow(args: list[Any], layout: Layout, out: Any, resize: Resize) -> None:
     """narrow(x, dim, start, length)."""
     args[2] = resize.offset(args[2], layout)
-    args[3] = resize.size(args[3], out.layout)
+    args[3] = _local_size(out, args[3], resize)
 
 
-def _cut_sizes(args: list[Any], _: Layout, out: list[Shard], resize: Resize) -> None:
+def _cut_select(args: list[Any], layout: Layout, _: Any, resize: Resize) -> None:
+    """select(x, dim, index)."""
+    args[2] = resize.offset(args[2], layout)
+
+
+def _cut_sizes(args: list[Any], _: Layout, out: list[Any], resize: Resize) -> None:
     """split_with_sizes(x, sizes, dim)."""
-    args[1] = [resize.size(len(piece.layout), piece.layout) for piece in out]
+    sizes = zip(out, args[1], strict=True)
+    args[1] = [_local_size(piece, size, resize) for piece, size in sizes]
 
 
-def _cut_size(args: list[Any], _: Layout, out: list[Shard], resize: Resize) -> None:
-    """split(x, size, dim)."""
-    args[1] = resize.size(len(out[0].layout), out[0].layout)
+def _cut_size(args: list[Any], _: Layout, out: list[Any], resize: Resize) -> None:
+    """split(x, size, dim); the last piece may be smaller."""
+    if not all(isinstance(piece, Shard) for piece in out):
+        raise UnevenLayoutError("pieces of which some are whole")
+    *sizes, last = (resize.size(len(piece.layout), piece.layout) for piece in out)
+    if len(set(sizes)) > 1 or any(last > size for size in sizes):
+        raise UnevenLayoutError("pieces of different sizes on a rank")
+    args[1] = sizes[0] if sizes else last
+
+
+def _cut_chunks(_: list[Any], __: Layout, out: list[Any], resize: Resize) -> None:
+    """chunk(x, chunks, dim): a rank's pieces must be equal too."""
+    if len({_local_size(piece, 0, resize) for piece in out}) > 1:
+        raise UnevenLayoutError("pieces of different sizes on a rank")
+
+
+def _local_size(piece: Any, size: Any, resize: Resize) -> Any:
+    """A rank's size of a piece that is split, or that every rank has whole."""
+    return resize.size(len(piece.layout), piece.layout) if isinstance(piece, Shard) else size
 
 
 def _dim_of(call: Call) -> int:
@@ -181,14 +236,17 @@ def owner_tensor(operand: Operand) -> Tensor:
     return torch.from_numpy(shard.layout.owners).view(view).expand(operand.shape).contiguous()
 
 
-def split_of(owners: Tensor, like: Layout) -> Shard | None:
+def placement_of(owners: Tensor, like: Layout) -> Shard | Replicate | None:
     """The one dim along which the owners change, as a split; None if there is no such dim."""
+    if bool((owners == EVERY).all()):
+        return R
     for dim in range(owners.dim()):
         flat = owners.movedim(dim, 0).reshape(owners.shape[dim], -1)
         along = flat[:, 0]
         if bool((flat == along[:, None]).all()) and len(along.unique()) > 1:
             try:
-                return Shard(dim, Layout(like.region, like.num_units, along.numpy().copy()))
+                layout = Layout(like.region, like.num_units, along.numpy().copy(), like.copies)
+                return Shard(dim, layout)
             except UnevenLayoutError:
                 return None
     return None
@@ -210,12 +268,20 @@ _SIZED = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default),
     *(aten.broadcast_to.default,),
 )
+# Operators that put one element in several places.
+_REPEATS = (
+    *(aten.expand.default, aten.broadcast_to.default, aten.repeat.default),
+    *(aten.repeat_interleave.self_int,),
+)
+_JOINS = (aten.cat.default, aten.stack.default)
 _SQUEEZES = (aten.squeeze.dim, aten.squeeze.default)
-_DIM_IS_THIRD = (aten.split.Tensor, aten.split_with_sizes.default)
+_DIM_IS_THIRD = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
 _CUTS = {
     aten.slice.Tensor: _cut_slice,
     aten.narrow.default: _cut_narrow,
     aten.split_with_sizes.default: _cut_sizes,
     aten.split.Tensor: _cut_size,
+    aten.select.int: _cut_select,
+    aten.chunk.default: _cut_chunks,
 }
 RULES = {**{op: Movement() for op in MOVES}, operator.getitem: GetItem()}

@@ -36,6 +36,8 @@ class Pointwise:
         merged = None
         for operand in call.operands():
             if operand.ids is not None:
+                if operand.shape != call.out_shape:
+                    channels.note_hubs(operand.ids)
                 merged = channels.merge(merged, operand.ids.expand(call.out_shape))
         return merged
 

@@ -42,17 +42,16 @@ def within_block(text: str, layers: str) -> str:
 
 
 def merged_points(program: Program, part: Part) -> Iterator[tuple[str, str]]:
-    """(region, sync point that sums its partial) of a part, dropped points included, in order.
+    """(partial sum, sync point that sums it) of a part, dropped points included, in order.
 
     The program after the drop does not know what was merged into a dropped point; partials merge
-    into the last of them, so a region without a point belongs to the next dropped one.
+    into the last of them, so a partial without a point belongs to the next dropped one.
     """
     block = program.graph_of(part)
     into = {name: p.name for p in block.sync_points for name in (*p.merged, p.name)}
     into |= {name: name for name in part.dropped}
-    names = [region.name for region in block.regions if region.rows]
-    for position, name in enumerate(names):
-        later = (other for other in names[position:] if other in part.dropped)
+    for position, name in enumerate(block.partials):
+        later = (other for other in block.partials[position:] if other in part.dropped)
         yield name, into.get(name) or next(later, name)
 
 

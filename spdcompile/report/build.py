@@ -51,14 +51,11 @@ def refusal_reports(lowering: Lowering) -> tuple[RefusalReport, ...]:
 
 def _refusal(program: Program, refusal: Refusal, found_by: str) -> RefusalReport:
     """A refusal with the place it holds for, its texts relative to the block."""
-    parts = [part for part in program.parts if _is_about(refusal, part)]
-    subject = refusal.subject
-    for part in parts:
-        subject = subject.removeprefix(f"{_origin(part)}.")
+    parts = [part for part in program.parts if _origin(part) == refusal.graph]
     layers = tuple(part.layer for part in parts if part.layer is not None)
     outside = parts[0].name if parts else "model"
     return RefusalReport(
-        within_block(subject, program.layers),
+        within_block(refusal.subject, program.layers),
         name_layers(layers) if layers else outside,
         layers,
         within_block(refusal.reason, program.layers),
@@ -69,9 +66,3 @@ def _refusal(program: Program, refusal: Refusal, found_by: str) -> RefusalReport
 def _origin(part: Part) -> str:
     """The key of the graph that a part called before the drop."""
     return part.graph.partition("-drop")[0]
-
-
-def _is_about(refusal: Refusal, part: Part) -> bool:
-    """Whether a refusal names the part's graph: as `graph: node` or as `graph.region`."""
-    graph = _origin(part)
-    return refusal.node.startswith(f"{graph}: ") or refusal.subject.startswith(f"{graph}.")

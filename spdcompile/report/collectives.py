@@ -23,7 +23,7 @@ def count_collectives(program: Program) -> Collectives:
     dropped = [size for part in program.parts for size in _dropped_bytes(program, part)]
     gathers = [size for part in program.parts for size in gathered[part.graph]]
     return Collectives(
-        plain_all_reduces=sum(block.num_partials for block in blocks),
+        plain_all_reduces=sum(len(block.partials) for block in blocks),
         merged_all_reduces=len(remaining) + len(dropped),
         all_reduces=len(remaining),
         gathers=len(gathers),

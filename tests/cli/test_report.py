@@ -74,10 +74,10 @@ def test_head_groups_are_shown_as_given() -> None:
 @pytest.mark.parametrize(
     ("refusal", "expected"),
     [
-        (Refusal("head", "no", "postlude: "), ("head", "postlude", ())),
-        (Refusal("block.mlp", "no", "mul"), ("mlp", "layers 0-2", (0, 1, 2))),
+        (Refusal("head", "no", graph="postlude"), ("head", "postlude", ())),
+        (Refusal("mlp", "no", "mul", "block"), ("mlp", "layers 0-2", (0, 1, 2))),
         (
-            Refusal("model.layers.0.mlp.up_proj", "no", "block: x"),
+            Refusal("model.layers.0.mlp.up_proj", "no", "x", "block"),
             ("mlp.up_proj", "layers 0-2", (0, 1, 2)),
         ),
         (Refusal("attention as one operator", "no"), ("attention as one operator", "model", ())),

@@ -23,7 +23,7 @@ from spdcompile.passes.base import (
 from spdcompile.passes.drop import Drop
 from spdcompile.passes.localize import localize
 from spdcompile.passes.propagate import propagate
-from spdcompile.passes.regions import find_regions
+from spdcompile.passes.regions import FindRegions
 from spdcompile.passes.sync import insert_sync_points
 from spdcompile.runtime.executor import Backend
 from spdcompile.runtime.local import LocalExecutor
@@ -91,7 +91,7 @@ class Block:
 
 def placed(program: Program, tp: int = 2) -> PassResult:
     """The program after regions, assign and propagate, with all that they refused."""
-    found = find_regions(program)
+    found = FindRegions(tp)(program)
     result = propagate(Assign(tp, {})(found.program).program)
     return PassResult(result.program, result.rewrites, (*found.refusals, *result.refusals))
 

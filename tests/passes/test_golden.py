@@ -112,7 +112,7 @@ def _render(program: Program) -> str:
 
 def _runs(layout: Layout) -> str:
     """A layout as the channels that each unit has in each run."""
-    return " + ".join(f"{each} a unit from {start}" for start, each in layout.runs())
+    return " + ".join(f"{run.each} a unit from {run.start}" for run in layout.runs)
 
 
 def _ranks(assignment: tuple[tuple[int, ...], ...]) -> str:

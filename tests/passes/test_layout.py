@@ -83,7 +83,7 @@ def test_local_offset_is_where_the_run_starts(data: st.DataObject) -> None:
     assert layout.local_size(units_per_rank) == len(index)
     assert layout.local_offset(len(layout), units_per_rank) == len(index)
     assert layout.local_offset(2 * len(layout), units_per_rank) == len(index)
-    for start, _ in layout.runs():
+    for start, *_ in layout.runs:
         # Unit 0 is held and comes first in each run.
         assert index[layout.local_offset(start, units_per_rank)] == start
 
@@ -91,14 +91,14 @@ def test_local_offset_is_where_the_run_starts(data: st.DataObject) -> None:
 @given(st.data())
 def test_local_offset_inside_a_run_is_refused(data: st.DataObject) -> None:
     layout = data.draw(layouts())
-    inside = set(range(len(layout))) - {start for start, _ in layout.runs()}
+    inside = set(range(len(layout))) - {start for start, *_ in layout.runs}
     with pytest.raises(UnevenLayoutError, match="inside a run"):
         layout.local_offset(data.draw(st.sampled_from(sorted(inside))), 1)
 
 
 @given(layouts(), st.data())
 def test_runs_are_found_again(layout: Layout, data: st.DataObject) -> None:
-    rebuilt = _owners(layout.num_units, [each for _, each in layout.runs()])
+    rebuilt = _owners(layout.num_units, [run.each for run in layout.runs])
     assert np.array_equal(rebuilt, layout.owners)
     same = Layout("region", layout.num_units, rebuilt)
     assert same == layout

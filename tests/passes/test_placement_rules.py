@@ -68,7 +68,6 @@ MISSING = {
     (aten.new_zeros.default, "R <- S"): _CONSTANT,
     (aten.new_full.default, "R <- P"): _CONSTANT,
     (aten.new_full.default, "R <- S"): _CONSTANT,
-    (aten.select.int, "P <- S"): "the last unit: the other rank happens to hold padding there",
     (_SDPA, "P <- R R P"): _UNSUMMED,
     (_SDPA, "P <- R R P R"): _UNSUMMED,
     (_SDPA, "S <- R R S"): _FEATURES,
@@ -79,7 +78,10 @@ MISSING = {
     (ATTENTION, "P <- R R P R R"): _UNSUMMED,
     (ATTENTION, "S <- R R S R"): _FEATURES,
     (ATTENTION, "S <- R R S R R"): _FEATURES,
-    (ATTENTION, "S <- S R R R"): "multi-query attention: regions make one unit of it so far",
+    (
+        ATTENTION,
+        "S <- S R R R",
+    ): "query heads in turn over whole K/V heads: no model lays them out so",
     (ATTENTION, "S <- S R R R S"): "as for the other operator: heads in turn",
     (ATTENTION, "S <- S S S R S"): "sinks come whole and are cut",
 }
@@ -103,7 +105,7 @@ def test_samples_cover_every_rule() -> None:
 
 @every_sample
 def test_rule_holds_on_simulated_ranks(sample: Sample) -> None:
-    assert sum(1 for _ in placements_of(sample)) <= 500
+    assert sum(1 for _ in placements_of(sample)) <= 1000
     outcome = outcome_of(sample)
     assert not outcome.wrong, "\n".join(outcome.wrong)
     assert outcome.right, "the operator was not even accepted with whole operands"
@@ -162,8 +164,6 @@ def test_splits_of_two_regions_never_combine(sample: Sample) -> None:
         (aten.select.int, (x(1, 1, 6), 2, 0), (_S6,)),
         (aten.embedding.default, (x(12, 6), i(1, 1).abs()), (splits_of((12, 6), 2)[0], R)),
         (_SDPA, tuple(x(1, 4, 1, 6) for _ in "qkv"), (P, P, P)),
-        (_SDPA, tuple(x(1, 4, 1, 6) for _ in "qkv"), (_S4, R, R)),
-        (_SDPA, tuple(x(1, 4, 1, 6) for _ in "qkv"), (_S4, _S4, R)),
         (_SDPA, (*(x(1, 4, 1, 6) for _ in "qkv"), x(4, 1, 1)), (R, R, R, P)),
     ],
 )

@@ -1,0 +1,79 @@
+"""Projections: products of a value with a parameter, in whichever way the graph writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """A value times a parameter, contracted over the value's last dim.
+
+    Args:
+        value: what is projected, [..., in].
+        weight: the parameter's placeholder: [out, in], or [experts, ...] before these two.
+        out_dim, in_dim: the dims of the placeholder that hold the output and input features.
+    """
+
+    value: fx.Node
+    weight: fx.Node
+    out_dim: int
+    in_dim: int
+
+
+def projection_of(node: fx.Node, params: frozenset[str]) -> Projection | None:
+    """The projection that a node computes; None if it is none."""
+    if node.op != "call_function" or len(node.args) < 2:
+        return None
+    value, weight = node.args[:2]
+    if not isinstance(weight, fx.Node) or not isinstance(weight.meta.get("val"), torch.Tensor):
+        return None
+    ndim = weight.meta["val"].dim()
+    if node.target in _OUT_IN and ndim == 2:
+        out_dim, in_dim = 0, 1
+    elif (node.target in _IN_OUT or str(node.target) in _GROUPED) and ndim >= 2:
+        out_dim, in_dim = ndim - 1, ndim - 2
+    else:
+        return None
+    order = list(range(ndim))
+    while weight.op == "call_function":
+        step = _STEPS.get(weight.target)
+        if step is None or not isinstance(weight.args[0], fx.Node):
+            return None
+        if step == "swap":
+            i, j = _swapped(weight, ndim)
+            order = [{i: j, j: i}.get(dim, dim) for dim in order]
+        weight = weight.args[0]
+    if weight.name not in params:
+        return None
+    return Projection(value, weight, order[out_dim], order[in_dim])
+
+
+def _swapped(node: fx.Node, ndim: int) -> tuple[int, int]:
+    """The two dims that a transposing node swaps."""
+    if node.target is aten.transpose.int:
+        return node.args[1] % ndim, node.args[2] % ndim
+    return 0, 1
+
+
+_OUT_IN = (aten.linear.default,)
+_IN_OUT = (aten.matmul.default, aten.mm.default, aten.bmm.default)
+_GROUPED = (
+    "transformers.grouped_mm_fallback.default",
+    "aten._grouped_mm.default",
+    "spd.grouped_mm.default",
+)
+# What may lie between a parameter and its use: a swap of two dims, or a change of dtype.
+_STEPS: Mapping[object, str] = {
+    aten.transpose.int: "swap",
+    aten.t.default: "swap",
+    aten.numpy_T.default: "swap",
+    aten.to.dtype: "keep",
+    aten.contiguous.default: "keep",
+}
