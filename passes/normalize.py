@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from spdcompile.passes.base import BlockGraph, ParamRef, PassResult, Program, add_call
+from spdcompile.passes.constants import slice_constant_indices
 
 aten = torch.ops.aten
 
@@ -31,6 +32,7 @@ def normalize(program: Program) -> PassResult:
     module = program.graphs[part.graph].copied().module
     params = dict(part.params)
     rewrites = sum(_rewrite(node, params) for node in list(module.graph.nodes))
+    rewrites += slice_constant_indices(module.graph, params, program.constants)
     _erase_dead(module.graph)
     module.recompile()
     part = replace(part, params=params)

@@ -47,9 +47,8 @@ class FindRegions:
         """Fills in `BlockGraph.regions`; writes a mean that is to be summed over ranks as a sum."""
         refusals: list[Refusal] = []
         graphs = {}
-        for key, block in program.graphs.items():
+        for key, block in program.map_graphs(lambda _, given: given.copied()).graphs.items():
             part = next(part for part in program.parts if part.graph == key)
-            block = block.copied()
             ends_program = part.outputs == (program.output,)
             finder = _Finder(block, frozenset(part.params), self.tp, ends_program)
             graphs[key] = replace(block, regions=finder.regions())

@@ -17,7 +17,6 @@ from torch import Tensor, fx
 from spdcompile.passes.base import module_path
 from spdcompile.passes.channelflow import Choices, Flow, follow_channels
 
-
 # A projection out of a latent dim that widens it by more is not worth a split by rows: the sums
 # of its wide output would cost more than the split of its narrow input saves.
 _WIDEST = 2
