@@ -89,7 +89,7 @@ class _Decider:
         best = roles
         for choices in self._remedies(roles, node):
             found = self.settle(choices)
-            if found.num_units(node) > best.num_units(node):
+            if found.num_units(node) > best.num_units(node) and not _counts_twice(found):
                 best = found
             if best.num_units(node) >= self.tp:
                 break
@@ -116,6 +116,12 @@ class _Decider:
             node for node in roles.choices.summed if len(_classes(flow, flow.reduced[node])) > 1
         }
         return self.settle(replace(roles.choices, summed=frozenset(_across(flow, spanning))))
+
+
+def _counts_twice(roles: Roles) -> bool:
+    """Whether a sum over the ranks would count channels that several ranks hold."""
+    reduced = [roles.flow.reduced[node] for node in roles.choices.summed]
+    return any(roles.choices.shared & set(ids.reshape(-1).tolist()) for ids in reduced)
 
 
 def _across(flow: Flow, nodes: set[fx.Node]) -> Iterator[fx.Node]:

@@ -153,6 +153,7 @@ class Parameters:
         replicated: parameters that every rank holds whole. A tied tensor that is whole as an
             embedding and split as the head counts in both.
         padding_bytes: zeros among the shards of all ranks together.
+        shared_bytes: further copies of K/V heads that several ranks hold, all ranks together.
     """
 
     total: Size
@@ -160,6 +161,7 @@ class Parameters:
     sharded: Size
     replicated: Size
     padding_bytes: int
+    shared_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,12 +20,13 @@ def count_parameters(program: Program) -> Parameters:
     held = list(_held(program))
     total = {ref.fqn: _size(ref, math.prod(ref.shape)) for ref, _ in held}
     replicated = [_size(ref, math.prod(ref.shape)) for ref, spec in held if spec is None]
-    sharded, padding = nothing, 0
+    sharded, padding, shared = nothing, 0, 0
     for ref, spec in held:
         if spec is not None:
             across = math.prod(ref.shape) // ref.shape[spec.dim]
             sharded += _size(ref, across * spec.local_size)
             padding += _size(ref, across * spec.padded).num_bytes
+            shared += _size(ref, across * spec.repeated).num_bytes
     whole = sum(replicated, nothing)
     return Parameters(
         total=sum(total.values(), nothing),
@@ -33,6 +34,7 @@ def count_parameters(program: Program) -> Parameters:
         sharded=sharded,
         replicated=whole,
         padding_bytes=padding,
+        shared_bytes=shared,
     )
 
 

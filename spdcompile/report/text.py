@@ -125,6 +125,8 @@ def parameters_table(report: Report) -> str:
     ]
     if found.padding_bytes:
         rows.append(("padding, all ranks", "", readable(found.padding_bytes)))
+    if found.shared_bytes:
+        rows.append(("further copies of shared heads", "", readable(found.shared_bytes)))
     align = ("left", "right", "right")
     return _table(rows, ["", "parameters", "memory"], align=align)
 

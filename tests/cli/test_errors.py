@@ -64,7 +64,8 @@ def test_point_that_cannot_be_dropped_is_a_message(trace: Command, family: str, 
 def test_more_ranks_than_heads_pad(command: Command, config_of: Callable[[str], str]) -> None:
     outcome = command("trace-and-report", config_of("llama_gqa"), "--tp", "64")
     assert outcome.code == 0
-    assert "8 query heads" in outcome.out or "padded" in outcome.out
+    assert "64: 0 | 1 | 2 | 3 | 4 | 5 | 6 | 7 |" in outcome.out or "padded" in outcome.out
+    assert "further copies of shared heads" in outcome.out
 
 
 @pytest.mark.parametrize(

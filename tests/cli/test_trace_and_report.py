@@ -100,7 +100,7 @@ def test_json_counts_parameters_by_hand(llama_json: dict[str, Any]) -> None:
     assert found["sharded"] == {"count": sharded, "num_bytes": 4 * sharded}
     assert found["replicated"]["count"] == table + norms
     assert found["per_rank"]["count"] == sharded + table + norms
-    assert found["padding_bytes"] == 0
+    assert found["padding_bytes"] == found["shared_bytes"] == 0
 
 
 def test_json_names_linears_units_and_states(llama_json: dict[str, Any]) -> None:
