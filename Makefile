@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 QUICK ?=
 ARGS ?=
 
-.PHONY: help .venv demo test lint format types clean
+.PHONY: help .venv demo test zoo lint format types clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo [QUICK=1]   install, then run examples/demo.py"
 	@echo "make test [ARGS=...]  install, then run the tests"
+	@echo "make zoo [ARGS=...]   measure every architecture, then write docs/architectures.md"
 	@echo "make lint             ruff, formatting, spelling"
 	@echo "make format           let ruff rewrite what it can"
 	@echo "make types            pyright (needs Node.js, and fetches it where there is none)"
@@ -41,6 +42,9 @@ demo: $(VENV)/.installed
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+zoo: $(VENV)/.installed
+	$(BIN)/python -m tests.zoo --write docs/architectures.md $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

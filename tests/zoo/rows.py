@@ -1,0 +1,181 @@
+"""One row of the zoo's table, and what it says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+BOUND = 2e-5
+"""Largest error of a program that drops nothing, in float32, relative to the largest logit.
+
+A sum over ranks rounds apart from the whole sum by a few parts in 1e7, of which the layers of a
+model with logits of std 1 make about 1e-6, and ten times that where a mixer decays or divides. A
+weight, head or mask in the wrong place makes 1e-2 and more: `MIN_CONTROL` holds each model to that.
+"""
+
+MIN_CONTROL = 1e-2
+MAX_REPEAT = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How many of some things are split.
+
+    Args:
+        exempt: of the rest, those that are no loss where they are whole (`structure`).
+    """
+
+    total: int
+    split: int
+    exempt: int = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is whole that could be split."""
+        return self.split + self.exempt == self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why something stays as it is: weights that stay whole, a sync point that cannot be dropped.
+
+    Args:
+        kind: of the weights, or "" for a sync point.
+    """
+
+    kind: str
+    subjects: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What a compilation made of a model, at the first tp.
+
+    Args:
+        mixers, weights: kind -> share of its operators that combine tokens, of its weights.
+        all_reduces: of all blocks, before and after merging.
+        droppable: name of a sync point -> (blocks in which it can be dropped, all that have it).
+        whole: why weights of blocks are whole that could be split.
+        fixed: why sync points cannot be dropped.
+    """
+
+    layers: int
+    mixers: dict[str, Share]
+    weights: dict[str, Share]
+    all_reduces: tuple[int, int]
+    droppable: dict[str, tuple[int, int]]
+    whole: tuple[Reason, ...] = ()
+    fixed: tuple[Reason, ...] = ()
+
+    def is_full(self, kind: str) -> bool:
+        """Whether nothing of a kind is whole that could be split."""
+        mixers, weights = self.mixers.get(kind), self.weights.get(kind)
+        return (not mixers or mixers.split == mixers.total) and (not weights or weights.is_full)
+
+    def has(self, kind: str) -> bool:
+        """Whether the model has anything of a kind."""
+        return kind in self.mixers or kind in self.weights
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One tp: errors relative to the largest logit, or why there are none.
+
+    Args:
+        unpadded: the largest over the shapes.
+        padded: at the real tokens of a left-padded batch; None if the model itself fails on it.
+        refused: the model cannot use so many ranks, and the compiler said so.
+    """
+
+    tp: int
+    unpadded: float | None = None
+    padded: float | None = None
+    failure: str = ""
+    refused: bool = False
+
+    @property
+    def error(self) -> float:
+        """The larger of the errors; infinity if there is none."""
+        return max((e for e in (self.unpadded, self.padded) if e is not None), default=math.inf)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is known of one entry.
+
+    Args:
+        stage: where it failed: "build", "model", "capture", "compile", "crash" or "time"; or "".
+        padding: why the model itself fails on a padded batch, or "".
+        repeat: difference between runs of the unsharded model before and after the compilations.
+        control: how far another first token moves the last logits, relative to the largest.
+    """
+
+    entry: str
+    model: str = ""
+    stage: str = ""
+    failure: str = ""
+    structure: Structure | None = None
+    runs: tuple[Run, ...] = ()
+    padding: str = ""
+    repeat: float = 0.0
+    control: float = field(default=math.inf)
+    seconds: float = 0.0
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether there is a graph."""
+        return self.stage in ("", "compile")
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every tp that the model can use is within the bound."""
+        used = [run for run in self.runs if not run.refused]
+        return bool(used) and all(run.error <= BOUND for run in used)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether every attention and every MLP or expert region is split, and there is one."""
+        kinds = ("attention", "mlp", "experts", "recurrent")
+        made = self.structure
+        return (
+            made is not None
+            and any(made.weights[kind].split for kind in kinds if kind in made.weights)
+            and all(made.is_full(kind) for kind in kinds[:3])
+        )
+
+    @property
+    def complaints(self) -> tuple[str, ...]:
+        """What must not be: wrong logits, or a comparison that would not show them."""
+        found = [
+            f"tp {run.tp}: error {run.error:.1e}, more than {BOUND:.0e}"
+            for run in self.runs
+            if run.error != math.inf and run.error > BOUND
+        ]
+        if self.repeat > MAX_REPEAT:
+            found.append(f"the unsharded model differs from itself by {self.repeat:.1e}")
+        if self.control < MIN_CONTROL:
+            found.append(f"another first token moves the last logits by {self.control:.1e} only")
+        return tuple(found)
+
+    @property
+    def verdict(self) -> str:
+        """The row in a few words."""
+        if self.complaints:
+            return "WRONG"
+        if self.structure is None:
+            return {"capture": "not captured", "compile": "captured, not compiled"}.get(
+                self.stage, f"fails: {self.stage}"
+            )
+        if not self.is_exact:
+            return "fails when run"
+        return self._extent(self.structure)
+
+    def _extent(self, made: Structure) -> str:
+        kinds = [k for k in ("attention", "recurrent", "mlp", "experts") if made.has(k)]
+        split = [kind for kind in kinds if made.is_full(kind)]
+        rest = [kind for kind in kinds if kind not in split]
+        if not rest:
+            return "all split"
+        whole = f"{', '.join(rest)} not all split"
+        return f"{', '.join(split)} split; {whole}" if split else whole
