@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import spdcompile
 from spdcompile.errors import CaptureError, SpdCompileError, UsageError
+from spdcompile.passes import pipeline
 from spdcompile.report.data import PointState, Report
 from tests.compare import rel_err
 from tests.zoo.models import build, left_padded, token_ids
@@ -94,7 +95,7 @@ def measure(entry: str, tps: tuple[int, ...]) -> Row:
             break
         except Exception as error:
             runs.append(Run(tp, failure=text_of(error), refused=isinstance(error, UsageError)))
-            stage, failure = "compile", text_of(error)
+            stage, failure = "compile" if _can_capture(model) else "capture", text_of(error)
             continue
         structure = structure or describe(compiled)
         runs.append(run_of(compiled, tp, references))
@@ -113,6 +114,14 @@ def measure(entry: str, tps: tuple[int, ...]) -> Row:
         control,
         time.perf_counter() - began,
     )
+
+
+def _can_capture(model: PreTrainedModel) -> bool:
+    try:
+        pipeline.start(model)
+    except Exception:
+        return False
+    return True
 
 
 def run_of(compiled: spdcompile.CompiledModel, tp: int, references: References) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import sys
 import time
 import warnings
@@ -19,6 +20,7 @@ from tests.zoo.rows import Row
 Measure = Callable[[str], Row]
 _FORK = multiprocessing.get_context("fork")  # torch and transformers are imported once
 _POLL_SECONDS = 0.5
+_MAX_BYTES = 8 << 30  # a config that is not small must not take the machine with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +67,16 @@ def _start(entry: str, measure: Measure) -> tuple[Connection, _Running]:
 
 def _run(sender: Connection, entry: str, measure: Measure) -> None:
     warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_DATA, (_MAX_BYTES, _MAX_BYTES))
     with open(os.devnull, "w") as nowhere:  # torch prints whole graphs when an export fails
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
         os.dup2(nowhere.fileno(), sys.stderr.fileno())
     torch.set_num_threads(1)
-    sender.send(measure(entry))
+    try:
+        row = measure(entry)
+    except Exception as error:
+        row = Row(entry, stage="crash", failure=f"{type(error).__name__}: {error}")
+    sender.send(row)
 
 
 def _row_of(receiver: Connection, child: _Running, ready: bool, limit_s: float) -> Row | None:
