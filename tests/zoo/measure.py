@@ -144,7 +144,7 @@ def describe(compiled: spdcompile.CompiledModel) -> Structure:
         mixers=_shares(mixers),
         weights=_shares(weights),
         all_reduces=(
-            sum(block.num_partials for block in blocks),
+            sum(len(block.partials) for block in blocks),
             sum(len(block.sync_points) for block in blocks),
         ),
         droppable=_droppable(report),
