@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["OpOverload", "TorchDispatchMode", "pytree"]
+__all__ = ["FakeTensorMode", "OpOverload", "TorchDispatchMode", "pytree"]

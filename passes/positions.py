@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spdcompile.errors import CaptureError
-from spdcompile.passes._torch import TorchDispatchMode
+from spdcompile.passes._torch import FakeTensorMode, TorchDispatchMode, pytree
 from spdcompile.passes.base import Positions
 
 
@@ -30,9 +30,11 @@ class _Taint(TorchDispatchMode):
         self.chooses_embeddings = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if any(arg is tainted for arg in args for tainted in self._tainted):
-            self._tainted.append(out)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(leaf is tainted for leaf in leaves for tainted in self._tainted):
+            self._tainted.extend(pytree.tree_leaves(out))
             if func is torch.ops.aten.embedding.default:
                 self.chooses_embeddings = True
         return out
@@ -51,13 +53,17 @@ def default_positions_of(model: PreTrainedModel, layers: nn.ModuleList) -> Posit
     """
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return None
-    mask = torch.ones((1, 5), dtype=torch.long, device="meta")
     named = chain(model.named_parameters(), model.named_buffers())
-    tensors = {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
-    call = {"input_ids": torch.ones_like(mask), "attention_mask": mask, "use_cache": False}
+    # Fake tensors rather than meta ones: models know them, and ask no data of them.
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        mask = torch.ones((1, 5), dtype=torch.long)
+        ids = torch.ones_like(mask)
+        tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named}
+    call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     taint = _Taint(mask)
     try:
-        with _stopping_at(layers[0]), taint, torch.no_grad():
+        with _stopping_at(layers[0]), fake, taint, torch.no_grad():
             torch.func.functional_call(model, tensors, kwargs=call)
     except _StopProbeError:
         return Positions.FROM_MASK if taint.chooses_embeddings else Positions.ARANGE
@@ -66,7 +72,7 @@ def default_positions_of(model: PreTrainedModel, layers: nn.ModuleList) -> Posit
             "Cannot tell how the model numbers its tokens.",
             where=type(model).__name__,
             found=f"{type(error).__name__}: {error}",
-            needed="a forward pass that runs on meta tensors up to the first decoder layer",
+            needed="a forward pass that runs without data up to the first decoder layer",
         ) from error
     raise CaptureError(
         "Cannot tell how the model numbers its tokens.",
