@@ -1,4 +1,4 @@
-"""Brings a captured graph to one form: every projection a `linear`, nothing that does nothing.
+"""Brings a captured graph to one form: one operator a projection, nothing that does nothing.
 
 One function a rewrite; each returns what takes the node's place, or None where it does not apply.
 """
@@ -13,6 +13,7 @@ from torch import fx
 
 from spdcompile.passes.base import BlockGraph, ParamRef, PassResult, Program, add_call
 from spdcompile.passes.constants import slice_constant_indices
+from spdcompile.passes.experts import grouped_mm
 
 aten = torch.ops.aten
 
@@ -118,7 +119,7 @@ def _is_zero(size: object) -> bool:
 
 
 _REWRITES: tuple[Rewrite, ...] = (
-    *(_alias, _idle_dropout, _cast, _view, _addmm, _matmul, _cat_of_nothing),
+    *(_alias, _idle_dropout, _cast, _view, _addmm, _matmul, _cat_of_nothing, grouped_mm),
 )
 
 

@@ -4,6 +4,7 @@
 `spd::sync`       a sync point: partial sums in, their sum over the ranks out.
 `spd::gather`     shards along a dim in, the concatenation over the ranks out.
 `spd::take`       a replicated value in, this rank's share along a dim out.
+`spd::grouped_mm` a matrix of its own for each group of consecutive rows: a mixture of experts.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ _LIBRARY.define(
 _LIBRARY.define("sync(Tensor partial, str point) -> Tensor")
 _LIBRARY.define("gather(Tensor shard, int dim) -> Tensor")
 _LIBRARY.define("take(Tensor whole, Tensor index, int dim, int units) -> Tensor")
+_LIBRARY.define("grouped_mm(Tensor rows, Tensor weight, Tensor ends) -> Tensor")
 
 ATTENTION = torch.ops.spd.attention.default
 SYNC = torch.ops.spd.sync.default
 GATHER = torch.ops.spd.gather.default
 TAKE = torch.ops.spd.take.default
+GROUPED_MM = torch.ops.spd.grouped_mm.default
 
 
 @torch.library.register_fake("spd::attention")
@@ -43,6 +46,15 @@ def _sync_fake(partial: Tensor, point: str) -> Tensor:
 def _gather_fake(shard: Tensor, dim: int) -> Tensor:
     """Shape-preserving: how many ranks there are is not known to a program."""
     return torch.empty_like(shard, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("spd::grouped_mm")
+def _grouped_mm_fake(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """rows [N, K], weight [E, K, J], ends int [E] -> [N, J]; the rows after the last end get zeros.
+
+    Group e is the rows from ends[e - 1], or 0, to ends[e].
+    """
+    return rows.new_empty(rows.shape[0], weight.shape[2])
 
 
 @torch.library.impl("spd::take", "CompositeImplicitAutograd", lib=_LIBRARY)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from spdcompile.passes.ops import GROUPED_MM
+
 aten = torch.ops.aten
 
 
@@ -37,7 +39,7 @@ def projection_of(node: fx.Node, params: frozenset[str]) -> Projection | None:
     ndim = weight.meta["val"].dim()
     if node.target in _OUT_IN and ndim == 2:
         out_dim, in_dim = 0, 1
-    elif (node.target in _IN_OUT or str(node.target) in _GROUPED) and ndim >= 2:
+    elif node.target in _IN_OUT and ndim >= 2:
         out_dim, in_dim = ndim - 1, ndim - 2
     else:
         return None
@@ -63,12 +65,7 @@ def _swapped(node: fx.Node, ndim: int) -> tuple[int, int]:
 
 
 _OUT_IN = (aten.linear.default,)
-_IN_OUT = (aten.matmul.default, aten.mm.default, aten.bmm.default)
-_GROUPED = (
-    "transformers.grouped_mm_fallback.default",
-    "aten._grouped_mm.default",
-    "spd.grouped_mm.default",
-)
+_IN_OUT = (aten.matmul.default, aten.mm.default, aten.bmm.default, GROUPED_MM)
 # What may lie between a parameter and its use: a swap of two dims, or a change of dtype.
 _STEPS: Mapping[object, str] = {
     aten.transpose.int: "swap",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spdcompile.passes.ops import GROUPED_MM
 from spdcompile.passes.placement.channels import Channels
 from spdcompile.passes.placement.rows import match_rows, rows
 from spdcompile.passes.placement.types import (
@@ -130,7 +131,46 @@ class MatMul:
         return Placed(total.out, {**product.cuts, **cuts})
 
 
+@dataclass(frozen=True, slots=True)
+class GroupedMatMul:
+    """Rule of rows [N, K] @ weight [E, K, J], the matrix chosen by ends [E]: a mixture of experts.
+
+    A row's features may be split, never the rows or the experts: the ends count whole ones.
+    """
+
+    def follow(self, call: Call, channels: Channels) -> Tensor | None:
+        """What is contracted belongs together, and so does what the ends tell apart."""
+        rows, weight, ends = (operand.ids for operand in call.operands())
+        reduced = (
+            None if rows is None else channels.merge_along(rows, (1,)),
+            None if weight is None else channels.merge_along(weight, (0, 1)).squeeze(0),
+            None if ends is None else channels.merge_along(ends, (0,)).unsqueeze(0),
+        )
+        merged = None
+        for ids in reduced:
+            if ids is not None:
+                merged = channels.merge(merged, ids.expand(call.out_shape))
+        return merged
+
+    def place(self, call: Call) -> Placed | None:
+        """Contracted and column splits."""
+        rows, weight, ends = (operand.placement for operand in call.operands())
+        if not isinstance(ends, Replicate):
+            return None
+        match rows, weight:
+            case Replicate(), Replicate():
+                return placed(R)
+            case (Partial(), Replicate()) | (Replicate(), Partial()):
+                return placed(P)
+            case Shard(1, x), Shard(1, y):
+                return placed(P) if x == y else None
+            case Replicate(), Shard(2, y):
+                return placed(Shard(1, y))
+        return None
+
+
 RULES = {
+    GROUPED_MM: GroupedMatMul(),
     aten.linear.default: MatMul(transposed=True),
     aten.matmul.default: MatMul(),
     aten.bmm.default: MatMul(),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spdcompile.passes.ops import ATTENTION
+from spdcompile.passes.ops import ATTENTION, GROUPED_MM
 from tests.passes.sample import Sample
 
 aten = torch.ops.aten
@@ -60,6 +60,12 @@ def attend(
         scores = torch.cat([scores, sinks_BHS1], -1)
     weights = scores.softmax(-1)[..., : k.shape[2]]
     return (weights @ v.repeat_interleave(repeats, 1)).transpose(1, 2)
+
+
+def multiply_groups(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """A mixture of experts row by row: rows [N, K], weight [E, K, J], ends [E]."""
+    groups = (ends[None, :] <= torch.arange(len(rows))[:, None]).sum(1)
+    return (rows[:, :, None] * weight[groups]).sum(1)
 
 
 _FUNCTIONS = (
@@ -175,6 +181,16 @@ CONTRACTION = (
     Sample(aten.baddbmm.default, lambda b, s: (x(3), x(4, 2, 6), x(4, 6, 3))),
     Sample(aten.addmm.default, lambda b, s: (x(4), x(b * s, 6), x(6, 4))),
     Sample(aten.addmm.default, lambda b, s: (x(2, 1), x(2, 6), x(6, 4))),
+    Sample(
+        GROUPED_MM,
+        lambda b, s: (x(b * s, 6), x(2, 6, 4), torch.tensor([b, b * s])),
+        kernel=multiply_groups,
+    ),
+    Sample(
+        GROUPED_MM,
+        lambda b, s: (x(6 * b * s, 4), x(3, 4, 12), torch.tensor([0, s, 6 * b * s])),
+        kernel=multiply_groups,
+    ),
 )
 
 _SDPA = aten.scaled_dot_product_attention.default

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from spdcompile.passes.ops import ATTENTION
+from spdcompile.passes.ops import ATTENTION, GROUPED_MM
 from spdcompile.passes.placement import RULES
 from spdcompile.passes.placement.along import Along
 from spdcompile.passes.placement.channels import Channels
@@ -39,8 +39,8 @@ from tests.passes.sample import Sample
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
 SAMPLES = (*POINTWISE, *ALONG, *CONTRACTION, *ATTENTIONS, *SOURCE, *MOVEMENT)
-# Followed as wholes, coarser than what depends on what: heads, and columns of a table.
-_UNITED = (ATTENTION, _SDPA, aten.embedding.default)
+# Followed as wholes, coarser than what depends on what: heads, columns of a table, experts.
+_UNITED = (ATTENTION, _SDPA, aten.embedding.default, GROUPED_MM)
 _EXACT = [sample for sample in SAMPLES if sample.target not in _UNITED]
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
 
