@@ -30,6 +30,7 @@ from spdcompile.passes.ops import ATTENTION
 from spdcompile.passes.roles import decide_roles, name_of
 
 aten = torch.ops.aten
+_FEWEST = 2  # units that make a region
 _MIXES_TOKENS = (ATTENTION, aten.scaled_dot_product_attention.default, aten.softmax.int)
 
 
@@ -51,7 +52,13 @@ class FindRegions:
             part = next(part for part in program.parts if part.graph == key)
             ends_program = part.outputs == (program.output,)
             finder = _Finder(block, frozenset(part.params), self.tp, ends_program)
-            graphs[key] = replace(block, regions=finder.regions())
+            regions = finder.regions()
+            if finder.uneven and self.tp > _FEWEST:
+                # K/V heads that lie among the query heads cannot be shared; ranks beyond them idle.
+                finder = _Finder(block, frozenset(part.params), _FEWEST, ends_program)
+                regions = finder.regions()
+            finder.write_sums()
+            graphs[key] = replace(block, regions=regions)
             refusals += [replace(refusal, graph=key) for refusal in finder.refused]
         count = sum(len(block.regions) for block in graphs.values())
         return PassResult(replace(program, graphs=graphs), count, tuple(refusals))
@@ -76,6 +83,7 @@ class _Finder:
         self.roles = decide_roles(self.graph, params, tp)
         self.flow = self.roles.flow
         self.refused: list[Refusal] = []
+        self.uneven = False
 
     def regions(self) -> tuple[Region, ...]:
         """The regions in graph order, with unique names."""
@@ -90,10 +98,13 @@ class _Finder:
             name = kind if names[kind] == 1 else f"{kind}_{names[kind]}"
             named.append(_rename(region, name))
         self._refuse_rest(named)
+        return tuple(named)
+
+    def write_sums(self) -> None:
+        """Writes the means that are to be summed over ranks as sums."""
         for node in self.roles.choices.summed:
             if node.target is aten.mean.dim:
                 _write_as_sum(node)
-        return tuple(named)
 
     def _groups(self) -> list[_Group]:
         """Connected sets of row projections and their producers."""
@@ -131,6 +142,7 @@ class _Finder:
         try:
             layouts, num_units = self._layouts(ids, unit, self._serving(group))
         except (UnevenLayoutError, KeyError) as error:
+            self.uneven = bool(self.roles.choices.shared)
             names = ", ".join(name_of(node) for node in group.columns)
             self.refused.append(Refusal(names, f"no even split by units: {error}"))
             return None

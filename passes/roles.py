@@ -88,7 +88,7 @@ class _Decider:
         """Better roles for a starved projection, if there are any."""
         best = roles
         for choices in self._remedies(roles, node):
-            found = self.settle(choices)
+            found = self._without_idle_hubs(self.settle(choices))
             if found.num_units(node) > best.num_units(node) and not _counts_twice(found):
                 best = found
             if best.num_units(node) >= self.tp:
@@ -108,6 +108,17 @@ class _Decider:
             yield replace(choices, shared=shared)
         if sums and hubs:
             yield replace(choices, summed=summed, shared=shared)
+
+    def _without_idle_hubs(self, roles: Roles) -> Roles:
+        """The same without sharing channels that meet those of one class alone."""
+        flow, choices = roles.flow, roles.choices
+        meets: dict[int, set[int]] = {}
+        for server, one in flow.classes[flow.served].T.tolist():
+            meets.setdefault(server, set()).add(one)
+        hubs = {i for i in choices.shared if len(meets.get(int(flow.classes[i]), ())) > 1}
+        if hubs == choices.shared:
+            return roles
+        return self.settle(replace(choices, shared=frozenset(hubs)))
 
     def without_idle_sums(self, roles: Roles) -> Roles:
         """The same without sums over the ranks of what lies within one unit anyway."""
