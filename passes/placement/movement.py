@@ -230,14 +230,17 @@ class GetItem:
 
 
 def owner_tensor(operand: Operand) -> Tensor:
-    """The unit that owns each element of a split operand."""
+    """The unit that owns each element of a split operand, of its shape but without its size."""
     shard = operand.placement
     view = [-1 if dim == shard.dim else 1 for dim in range(len(operand.shape))]
-    return torch.from_numpy(shard.layout.owners).view(view).expand(operand.shape).contiguous()
+    return torch.from_numpy(shard.layout.owners).view(view).expand(operand.shape)
 
 
 def placement_of(owners: Tensor, like: Layout) -> Shard | Replicate | None:
     """The one dim along which the owners change, as a split; None if there is no such dim."""
+    for dim, stride in enumerate(owners.stride()):
+        if stride == 0:  # one value along the whole dim, stored once
+            owners = owners.narrow(dim, 0, 1)
     if bool((owners == EVERY).all()):
         return R
     for dim in range(owners.dim()):
