@@ -90,6 +90,7 @@ def follow_channels(graph: fx.Graph, params: frozenset[str], choices: Choices) -
             flow.outputs = [ids.get(arg) for arg in node.args[0]]
     flow.classes, flow.served = channels.classes(), channels.served()
     flow.hubs = frozenset(channels.hubs)
+    flow.opaque += channels.opaque
     return flow
 
 

@@ -25,14 +25,16 @@ from torch.autograd.function import _SingleLevelFunction
 
 
 def define_copy(library: torch.library.Library, op: OpOverload) -> OpOverload:
-    """Defines an operator of the same name, schema and meaning, which can get a vmap rule.
+    """Defines an operator of the same name, overload, schema and meaning, to get a vmap rule.
 
     Outside vmap it becomes `op` when traced: it is one of the composite operators.
     """
     schema = str(op._schema).removeprefix(f"{op.namespace}::")
-    name = library.define(schema)
-    library.impl(name, op, "CompositeImplicitAutograd")
-    return getattr(getattr(torch.ops, library.ns), name).default
+    library.define(schema)
+    packet = getattr(getattr(torch.ops, library.ns), schema.split("(")[0].split(".")[0])
+    copy = getattr(packet, op._overloadname)
+    library.impl(copy, op, "CompositeImplicitAutograd")
+    return copy
 
 
 def register_autograd(

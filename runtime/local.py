@@ -17,6 +17,7 @@ from spdcompile.passes.ops import SYNC
 from spdcompile.passes.placement.types import P, Shard
 from spdcompile.passes.verify import count_sync_nodes
 from spdcompile.runtime.executor import Executor, Function, on_device
+from spdcompile.runtime.indexing import INDEXING_REPLACEMENTS
 from spdcompile.runtime.ops import VMAP_REPLACEMENTS
 from spdcompile.runtime.weights import bind
 
@@ -87,6 +88,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 _REPLACEMENTS = {
     **VMAP_REPLACEMENTS,
+    **INDEXING_REPLACEMENTS,
     torch.ops.aten.sym_size.int: _size,
     torch.ops.aten.linear.default: _linear,
 }

@@ -25,6 +25,7 @@ class Channels:
         self._shared = torch.tensor(sorted(shared), dtype=torch.int64)
         self._pairs: list[Tensor] = []
         self._served: list[Tensor] = []
+        self.opaque: list[tuple[Tensor, str]] = []
 
     def fresh(self, size: int) -> Tensor:
         """New ids, int64 [size]."""
@@ -45,6 +46,13 @@ class Channels:
             self._served.append(server_first[:, serving])
             pairs = pairs[:, ~serving]
         self._pairs.append(pairs)
+
+    def need_whole(self, ids: Tensor, reason: str) -> None:
+        """Says that a reader cannot do with a rank's share of these channels.
+
+        Its result carries none of them, since it is then the same on all ranks.
+        """
+        self.opaque.append((ids.reshape(-1), reason))
 
     def merge(self, a: Tensor | None, b: Tensor | None) -> Tensor | None:
         """Ids of a value that combines two values of one shape elementwise."""

@@ -28,10 +28,12 @@ class Followed:
     Args:
         before: operand that has ids -> class of each of its elements.
         after: class of each element of the results, -1 where none, all results in one row.
+        whole: classes that must be the same on all ranks, so that nothing needs to carry them.
     """
 
     before: dict[int, np.ndarray]
     after: np.ndarray
+    whole: np.ndarray
 
 
 def follow(sample: Sample, rule: Rule, carrying: set[int]) -> Followed:
@@ -51,7 +53,9 @@ def follow(sample: Sample, rule: Rule, carrying: set[int]) -> Followed:
     classes = channels.classes()
     after = np.where(flat >= 0, classes[flat.clamp(min=0).numpy()] if len(classes) else -1, -1)
     before = {index: classes[given.reshape(-1).numpy()] for index, given in ids.items()}
-    return Followed(before, after)
+    needed = [ids for ids, _ in channels.opaque]
+    whole = classes[torch.cat(needed).unique().numpy()] if needed else np.zeros(0, dtype=np.int64)
+    return Followed(before, after, whole)
 
 
 def with_ids(call: Call, ids: dict[int, Tensor]) -> Call:

@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from spdcompile.passes.ops import ATTENTION, GROUPED_MM
-from spdcompile.passes.placement import RULES
+from spdcompile.passes.placement import RULES, indexing
 from spdcompile.passes.placement.along import Along
 from spdcompile.passes.placement.channels import Channels
 from spdcompile.passes.placement.contraction import MatMul
@@ -22,6 +23,8 @@ from spdcompile.passes.placement.source import Source
 from spdcompile.passes.placement.types import Call, Operand, P, Placed, R, Shard, placed
 from tests.passes.brute_force import Outcome, examine, placements_of, splits_of
 from tests.passes.channel_dependence import Followed, dependence, follow, num_connected, with_ids
+from tests.passes.indexing_samples import INDEXING
+from tests.passes.missing_answers import MISSING
 from tests.passes.movement_samples import MOVEMENT
 from tests.passes.rule_samples import (
     ALONG,
@@ -38,53 +41,11 @@ from tests.passes.sample import Sample
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
-SAMPLES = (*POINTWISE, *ALONG, *CONTRACTION, *ATTENTIONS, *SOURCE, *MOVEMENT)
-# Followed as wholes, coarser than what depends on what: heads, columns of a table, experts.
-_UNITED = (ATTENTION, _SDPA, aten.embedding.default, GROUPED_MM)
+SAMPLES = (*POINTWISE, *ALONG, *CONTRACTION, *ATTENTIONS, *SOURCE, *MOVEMENT, *INDEXING)
+# Followed as wholes, coarser than what depends on what: heads, experts, entries chosen by data.
+_UNITED = (ATTENTION, _SDPA, aten.embedding.default, GROUPED_MM, *indexing.RULES)
 _EXACT = [sample for sample in SAMPLES if sample.target not in _UNITED]
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
-
-_UNSUMMED = "linear here, but no model leaves this operand as an unreduced sum"
-_VECTORS = "products with vectors are left whole"
-_CONSTANT = "holds none of the operand's data, but the sizes it is given would have to be local"
-_FEATURES = "v's features could be split alone; a region's unit is a head"
-# Answers that would be right but that no rule gives -> why that is accepted.
-MISSING = {
-    (aten.mean.dim, "P <- P"): _UNSUMMED,
-    (aten.cumsum.default, "P <- P"): _UNSUMMED,
-    (aten.layer_norm.default, "P <- R P"): _UNSUMMED,
-    (aten.layer_norm.default, "P <- R P P"): _UNSUMMED,
-    (aten.rms_norm.default, "P <- R P"): _UNSUMMED,
-    (aten.masked_fill.Tensor, "P <- P R P"): _UNSUMMED,
-    (aten.where.self, "P <- R P P"): _UNSUMMED,
-    (aten.embedding.default, "P <- P R"): _UNSUMMED,
-    (aten.embedding.default, "S <- S R"): "the table of tokens stays whole",
-    (aten.matmul.default, "P <- S S"): _VECTORS,
-    (aten.matmul.default, "S <- S R"): _VECTORS,
-    (aten.matmul.default, "S <- R S"): _VECTORS,
-    (aten.new_ones.default, "R <- P"): _CONSTANT,
-    (aten.new_ones.default, "R <- S"): _CONSTANT,
-    (aten.new_zeros.default, "R <- P"): _CONSTANT,
-    (aten.new_zeros.default, "R <- S"): _CONSTANT,
-    (aten.new_full.default, "R <- P"): _CONSTANT,
-    (aten.new_full.default, "R <- S"): _CONSTANT,
-    (_SDPA, "P <- R R P"): _UNSUMMED,
-    (_SDPA, "P <- R R P R"): _UNSUMMED,
-    (_SDPA, "S <- R R S"): _FEATURES,
-    (_SDPA, "S <- R R S R"): _FEATURES,
-    (_SDPA, "S <- S R R"): "query heads in turn over whole K/V heads: no model lays them out so",
-    (_SDPA, "S <- S S S S"): "a mask comes whole and is cut",
-    (ATTENTION, "P <- R R P R"): _UNSUMMED,
-    (ATTENTION, "P <- R R P R R"): _UNSUMMED,
-    (ATTENTION, "S <- R R S R"): _FEATURES,
-    (ATTENTION, "S <- R R S R R"): _FEATURES,
-    (
-        ATTENTION,
-        "S <- S R R R",
-    ): "query heads in turn over whole K/V heads: no model lays them out so",
-    (ATTENTION, "S <- S R R R S"): "as for the other operator: heads in turn",
-    (ATTENTION, "S <- S S S R S"): "sinks come whole and are cut",
-}
 
 _S6 = splits_of((1, 1, 6), 2)[0]
 _S4 = splits_of((1, 4, 1, 6), 2)[0]
@@ -163,6 +124,7 @@ def test_splits_of_two_regions_never_combine(sample: Sample) -> None:
         (aten.cat.default, ([x(1, 1, 6), x(1, 1, 6)], -1), (_S6, R)),
         (aten.select.int, (x(1, 1, 6), 2, 0), (_S6,)),
         (aten.embedding.default, (x(12, 6), i(1, 1).abs()), (splits_of((12, 6), 2)[0], R)),
+        (aten.index_put.default, (x(4, 6), [i(4)], x(4, 6)), (P, R, R)),
         (_SDPA, tuple(x(1, 4, 1, 6) for _ in "qkv"), (P, P, P)),
         (_SDPA, (*(x(1, 4, 1, 6) for _ in "qkv"), x(4, 1, 1)), (R, R, R, P)),
     ],
@@ -267,7 +229,8 @@ _dependence = cache(dependence)
 def _loses(sample: Sample, index: int, followed: Followed) -> bool:
     """Whether a result element depends on an element of the operand that is not in its class."""
     apart = followed.before[index][:, None] != followed.after
-    return bool((_dependence(sample, index) & apart).any())
+    carried = ~np.isin(followed.before[index], followed.whole)[:, None]
+    return bool((_dependence(sample, index) & apart & carried).any())
 
 
 def _kinds(answer: str) -> str:
