@@ -7,13 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import fx
 
 from spdcompile.passes.base import BlockGraph, ParamRef, PassResult, Program, add_call
-from spdcompile.passes.constants import slice_constant_indices
 from spdcompile.passes.experts import grouped_mm
+from spdcompile.passes.moves import (
+    fixed_index,
+    other_name,
+    overwrite,
+    padding,
+    read_slice,
+    write_index,
+    write_slice,
+)
 
 aten = torch.ops.aten
 
@@ -32,8 +41,8 @@ def normalize(program: Program) -> PassResult:
     (part,) = program.parts
     module = program.graphs[part.graph].copied().module
     params = dict(part.params)
-    rewrites = sum(_rewrite(node, params) for node in list(module.graph.nodes))
-    rewrites += slice_constant_indices(module.graph, params, program.constants)
+    table = (*_REWRITES, partial(fixed_index, constants=program.constants))
+    rewrites = sum(_rewrite(node, params, table) for node in list(module.graph.nodes))
     _erase_dead(module.graph)
     module.recompile()
     part = replace(part, params=params)
@@ -41,13 +50,13 @@ def normalize(program: Program) -> PassResult:
     return PassResult(replace(program, graphs=graphs, parts=(part,)), rewrites)
 
 
-def _rewrite(node: fx.Node, params: dict[str, ParamRef]) -> bool:
+def _rewrite(node: fx.Node, params: dict[str, ParamRef], table: tuple[Rewrite, ...]) -> bool:
     if node.op != "call_function":
         return False
     if node.target in _ASSERTS:
         node.graph.erase_node(node)
         return True
-    for rewrite in _REWRITES:
+    for rewrite in table:
         instead = rewrite(node, params)
         if instead is not None:
             node.replace_all_uses_with(instead)
@@ -120,6 +129,7 @@ def _is_zero(size: object) -> bool:
 
 _REWRITES: tuple[Rewrite, ...] = (
     *(_alias, _idle_dropout, _cast, _view, _addmm, _matmul, _cat_of_nothing, grouped_mm),
+    *(other_name, padding, overwrite, write_slice, write_index, read_slice),
 )
 
 

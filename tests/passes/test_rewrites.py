@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 import spdcompile.runtime.grouped  # noqa: F401  (gives the operator its kernel)
-from spdcompile.passes.base import BlockGraph, Part, Program
+from spdcompile.passes.base import BlockGraph, ParamRef, Part, Program
 from spdcompile.passes.normalize import normalize
 from spdcompile.passes.ops import GROUPED_MM
 from tests.compare import rel_err
@@ -43,10 +43,22 @@ def exported(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = Fals
         _Calling(function), inputs, dynamic_shapes={"inputs": dims} if dims else None, strict=False
     )
     graph = export.graph_module.graph
-    names = [node.name for node in graph.find_nodes(op="placeholder")]
-    part = Part("model", None, "model", {}, {name: name for name in names}, ("logits",))
-    module = fx.GraphModule({}, graph)
-    return Program({"model": BlockGraph(module)}, (part,), tuple(names), "logits", "")
+    params = {
+        spec.arg.name: ParamRef(spec.target, (), torch.int64, constant=True)
+        for spec in export.graph_signature.input_specs
+        if spec.target
+    }
+    nodes = graph.find_nodes(op="placeholder")
+    names = [node.name for node in nodes if node.name not in params]
+    part = Part("model", None, "model", params, {name: name for name in names}, ("logits",))
+    return Program(
+        graphs={"model": BlockGraph(fx.GraphModule({}, graph))},
+        parts=(part,),
+        inputs=tuple(names),
+        output="logits",
+        layers="",
+        constants=export.constants,
+    )
 
 
 def operators_of(program: Program) -> list[Any]:
@@ -56,8 +68,8 @@ def operators_of(program: Program) -> list[Any]:
 
 
 def run(program: Program, *inputs: Tensor) -> Tensor:
-    """The program's one result."""
-    return program.graphs["model"].module(*inputs)[0]
+    """The program's one result; its constants come first."""
+    return program.graphs["model"].module(*program.constants.values(), *inputs)[0]
 
 
 @pytest.mark.parametrize(
@@ -82,3 +94,117 @@ def test_grouped_product_of_blocks_stays() -> None:
     a, b = torch.randn(3, 8, 8).bfloat16(), torch.randn(3, 8, 16).bfloat16()
     program = normalize(exported(F.grouped_mm, a, b)).program
     assert operators_of(program) == [aten._grouped_mm.default]
+
+
+def _half(x: Tensor, y: Tensor) -> Tensor:
+    """A key made of two parts, written one after the other into an empty tensor."""
+    out = torch.empty(x.shape[0], 3, 6, dtype=x.dtype)
+    out = torch.slice_scatter(out, aten.copy(out[..., :2], x), 2, 0, 2)
+    return torch.slice_scatter(out, aten.copy(out[..., 2:], y), 2, 2)
+
+
+def _overwritten(x: Tensor, y: Tensor) -> Tensor:
+    """A slice in the middle, an index, and the middle read again."""
+    out = torch.slice_scatter(torch.cat([x, y], -1), y[..., :3], 2, 1, 4)
+    out = torch.select_scatter(out, y[..., 0], -1, -1)
+    return out + out[..., 1:4].sum()
+
+
+WRITES = {
+    "two halves": _half,
+    "parts": _overwritten,
+    "first dim": lambda x, y: torch.slice_scatter(x, y[:1, :, :2], 0, 0, 1),
+    "first dim to the end": lambda x, y: torch.slice_scatter(x, y[1:, :, :2], 0, 1),
+    "cast": lambda x, y: aten.copy(x.float(), y[..., :2]),
+    "every index": lambda x, y: torch.select_scatter(x, y[0, :, :2], 0, 3),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("case", WRITES)
+def test_writes_become_joined_parts(case: str, dynamic: bool) -> None:
+    function = WRITES[case]
+    x, y = torch.randn(5, 3, 2).double(), torch.randn(5, 1, 4).double().expand(-1, 3, -1)
+    if case == "every index":
+        dynamic = False
+    program = normalize(exported(function, x, y, dynamic=dynamic)).program
+    written = (aten.slice_scatter.default, aten.select_scatter.default, aten.copy.default)
+    assert not set(written) & set(operators_of(program))
+    assert torch.equal(run(program, x, y), function(x, y))
+    if dynamic:
+        assert torch.equal(run(program, x[:4], y[:4]), function(x[:4], y[:4]))
+
+
+def test_a_key_of_two_parts_is_one_join() -> None:
+    x, y = torch.randn(5, 3, 2).double(), torch.randn(5, 3, 4).double()
+    program = normalize(exported(_half, x, y)).program
+    assert operators_of(program) == [aten.cat.default]
+    assert torch.equal(run(program, x, y), torch.cat([x, y], -1))
+
+
+def test_write_with_a_step_stays() -> None:
+    x, y = torch.randn(4), torch.randn(2)
+    program = normalize(exported(lambda x, y: torch.slice_scatter(x, y, 0, 0, 4, 2), x, y)).program
+    assert operators_of(program) == [aten.slice_scatter.default]
+
+
+READS = {
+    "all": (lambda x: torch.cat([x, x])[:4] * 2, [aten.cat.default, aten.mul.Tensor]),
+    "part": (lambda x: torch.cat([x, -x], 1)[:, 3:] * 2, [aten.neg.default, aten.mul.Tensor]),
+    "two parts": (
+        lambda x: torch.cat([x, -x, x], 1)[:, 3:],
+        [aten.neg.default, aten.cat.default],
+    ),
+    "in a part": (
+        lambda x: torch.cat([x, -x], 1)[:, 2:],
+        [aten.neg.default, aten.cat.default, aten.slice.Tensor],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", READS)
+def test_slice_of_joined_parts_is_one_of_them(case: str) -> None:
+    function, operators = READS[case]
+    x = torch.randn(2, 3, 6)
+    program = normalize(exported(function, x)).program
+    assert operators_of(program) == operators
+    assert torch.equal(run(program, x), function(x))
+
+
+@pytest.mark.parametrize(
+    ("index", "target"),
+    [
+        ([-1], aten.slice.Tensor),
+        ([2, 3], aten.slice.Tensor),
+        ([-2, -1], aten.slice.Tensor),
+        ([3, 2], aten.index.Tensor),
+        ([0, 2], aten.index.Tensor),
+    ],
+)
+def test_index_by_a_constant_becomes_a_slice(index: list[int], target: Any) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x[:, :, torch.tensor(index)]
+
+    x = torch.randn(2, 3, 4)
+    program = normalize(exported(function, x)).program
+    assert operators_of(program)[-1] is target
+    assert torch.equal(run(program, x), function(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "target"),
+    [
+        (lambda x: torch.multiply(x, x), aten.mul.Tensor),
+        (lambda x: torch.subtract(x, x[:1]), aten.sub.Tensor),
+        (lambda x: torch.max(x, x[:1]), aten.maximum.default),
+        (lambda x: torch.concat([x, x]), aten.cat.default),
+        (lambda x: torch.clip(x, -0.5, 0.5), aten.clamp.default),
+        (lambda x: torch.nn.functional.pad(x, [1, 2]), aten.constant_pad_nd.default),
+        (lambda x: torch.nn.functional.pad(x, [1, 2], value=3.0), aten.constant_pad_nd.default),
+    ],
+)
+def test_other_names_become_the_known_one(function: Callable[..., Any], target: Any) -> None:
+    x = torch.randn(3, 4)
+    program = normalize(exported(function, x)).program
+    assert operators_of(program)[-1] is target
+    assert torch.equal(run(program, x), function(x))
