@@ -141,7 +141,7 @@ class _Finder:
         ids |= {node: flow.consumed[node] for node in group.rows}
         try:
             layouts, num_units = self._layouts(ids, unit, self._serving(group))
-        except (UnevenLayoutError, KeyError) as error:
+        except UnevenLayoutError as error:
             self.uneven = bool(self.roles.choices.shared)
             names = ", ".join(name_of(node) for node in group.columns)
             self.refused.append(Refusal(names, f"no even split by units: {error}"))
@@ -171,8 +171,8 @@ class _Finder:
         """Layouts of the features, but for those that every rank holds, and the number of units.
 
         Raises:
-            UnevenLayoutError: no units make the layouts even, or shares are irregular.
-            KeyError: a feature that belongs to no unit.
+            UnevenLayoutError: no units make the layouts even, shares are irregular, or a
+                projection gives features of no unit beside those of units.
         """
         sets = {c: {unit[one] for one in ones} for c, ones in serving.items()}
         copies = {len(units) for units in sets.values() if len(units) < len(unit)}
@@ -184,10 +184,14 @@ class _Finder:
             code[c] = EVERY if len(units) == len(unit) else len(unit) + _group(units, copy)
             if code[c] != EVERY and c in self.roles.whole:
                 raise UnevenLayoutError(f"shared features: {self.roles.whole[c]}")
-        owners = {
-            node: np.array([code[int(c)] for c in self.flow.class_of(found)], dtype=np.int64)
-            for node, found in ids.items()
-        }
+        owners = {}
+        for node, found in ids.items():
+            classes = [int(c) for c in self.flow.class_of(found)]
+            # What every rank holds is whole, and whatever else the projection gives may be too.
+            if any(code.get(c, EVERY) != EVERY for c in classes):
+                if not code.keys() >= set(classes):
+                    raise UnevenLayoutError(f"{name_of(node)} gives features of no unit too")
+                owners[node] = np.array([code[c] for c in classes], dtype=np.int64)
         return _coarsened(owners, len(unit), copy, self.tp)
 
     def _kind(self, classes: Mapping[int, int]) -> RegionKind:
@@ -261,11 +265,7 @@ def _coarsened(
         lookup = np.concatenate([units, groups, [EVERY]])
         coarse = {node: lookup[codes] for node, codes in owners.items()}
         try:
-            layouts = {
-                node: Layout("", count, codes, shared)
-                for node, codes in coarse.items()
-                if not (codes == EVERY).all()
-            }
+            layouts = {n: Layout("", count, codes, shared) for n, codes in coarse.items()}
         except UnevenLayoutError as uneven:
             why = uneven
         else:
