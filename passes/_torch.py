@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
+import torch
+from torch._dynamo.exc import UserError
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-__all__ = ["FakeTensorMode", "OpOverload", "TorchDispatchMode", "pytree"]
+__all__ = [
+    "FakeTensorMode",
+    "OpOverload",
+    "TorchDispatchMode",
+    "UserError",
+    "check_size",
+    "outside_tracing",
+    "pytree",
+    "sympy_functions",
+]
+
+# Tells export that a condition on sizes holds.
+check_size = torch._check
+# While it lasts, nothing is traced and new tensors are what they are outside: not fake.
+outside_tracing = _disable_current_modes
+
+
+def sympy_functions() -> dict[str, Any]:
+    """The functions that torch's expressions of sizes are made of, by name."""
+    return {
+        "Min": min,
+        "Max": max,
+        "FloorDiv": operator.floordiv,
+        "CleanDiv": operator.floordiv,
+        "PythonMod": operator.mod,
+        "Mod": operator.mod,
+        "ModularIndexing": lambda base, divisor, modulus: base // divisor % modulus,
+    }

@@ -18,9 +18,10 @@ def program_inputs(
     """A program's three inputs, those that are absent filled in as the model itself would.
 
     Raises:
-        UsageError: a tensor of another shape or kind.
+        UsageError: a tensor of another shape or kind, or longer than the program takes.
     """
     _check_ids("input_ids", input_ids, None)
+    _check_length(program, input_ids)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     _check_ids("attention_mask", mask, input_ids)
     mask = mask.to(torch.long)
@@ -30,6 +31,17 @@ def program_inputs(
     values = (input_ids, mask, position_ids)
     names = ("input_ids", "attention_mask", "position_ids")
     return {name: value.contiguous() for name, value in zip(names, values, strict=True)}
+
+
+def _check_length(program: Program, input_ids: Tensor) -> None:
+    longest, length = program.max_length, input_ids.shape[1]
+    if longest is not None and length > longest:
+        raise UsageError(
+            "The input is too long.",
+            where="input_ids",
+            found=f"{length} tokens",
+            needed=f"at most {longest}, beyond which the model takes another path",
+        )
 
 
 def _positions(program: Program, input_ids: Tensor, mask: Tensor) -> Tensor:

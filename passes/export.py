@@ -1,0 +1,122 @@
+"""torch.export of a model whose batch and length are dynamic, and the lengths it holds for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+
+from spdcompile.errors import CaptureError
+from spdcompile.passes._torch import OpOverload, UserError, sympy_functions
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+# Sizes that are unlikely to equal a size of the model, lest export tie the two together.
+_BATCH, _LENGTH = 3, 11
+_BATCHES_TRIED = (1, 2, 3, 7)
+_LONGEST_TRIED = 2**18
+_ASSERT = torch.ops.aten._assert_scalar.default
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An exported program and the longest input that it holds for, None for any."""
+
+    program: ExportedProgram
+    max_length: int | None
+
+
+def export(module: nn.Module, device: torch.device) -> Exported:
+    """Exports `module(input_ids, attention_mask, position_ids)` for every batch and length.
+
+    Args:
+        module: takes int64 [B, S] three times, and checks that they are of one size.
+
+    Where tracing met a condition on the sizes that torch cannot prove, it is tried on sizes here;
+    one that fails from some length on bounds the length.
+
+    Raises:
+        CaptureError: a condition fails at length 1, or depends on data.
+    """
+    ids = torch.ones((_BATCH, _LENGTH), dtype=torch.long, device=device)
+    inputs = (ids, torch.ones_like(ids), torch.zeros_like(ids))
+    named = {0: Dim("batch", min=1), 1: Dim("length", min=1)}
+    with torch.no_grad():
+        try:
+            exported = torch.export.export(
+                module, inputs, dynamic_shapes=dict.fromkeys(INPUTS, named), strict=False
+            )
+            return Exported(_functional(exported), None)
+        except UserError as error:
+            if not str(error).startswith("Constraints violated"):
+                raise
+        relaxed = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in INPUTS}
+        exported = torch.export.export(
+            module,
+            inputs,
+            dynamic_shapes=relaxed,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        return Exported(_functional(exported), _max_length(exported))
+
+
+def _functional(exported: ExportedProgram) -> ExportedProgram:
+    """The same with each operator that writes in place made functional, if there is one."""
+    if not any(_writes_in_place(node) for node in exported.graph.nodes):
+        return exported
+    with warnings.catch_warnings():
+        # torch 2.13 copies its own tree specs in a way that it deprecates.
+        warnings.simplefilter("ignore", FutureWarning)
+        return exported.run_decompositions({})
+
+
+def _writes_in_place(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def _max_length(exported: ExportedProgram) -> int | None:
+    """The longest input for which every condition that tracing relied on holds.
+
+    Conditions are made of the sizes and of constants by sums, products, divisions, minima and
+    maxima, so that nothing new happens beyond a multiple of the largest constant: they are tried
+    at every length up to there.
+    """
+    ids = next(node for node in exported.graph.nodes if node.name == INPUTS[0])
+    batch, length = (size.node.expr for size in ids.meta["val"].shape)
+    bound = exported.range_constraints[length]
+    longest = int(bound.upper) if bound.upper.is_Integer else None
+    for condition in _conditions(exported.graph):
+        if condition.free_symbols - {batch, length}:
+            raise _refusal(condition)
+        holds = sympy.lambdify([batch, length], condition, modules=[sympy_functions(), "math"])
+        batches = _BATCHES_TRIED if batch in condition.free_symbols else (_BATCH,)
+        constants = [abs(int(atom)) for atom in condition.atoms(sympy.Integer)]
+        last = min(2 * max(constants, default=0) + 64, longest or _LONGEST_TRIED)
+        for size in range(1, last + 1):
+            if not all(holds(number, size) for number in batches):
+                if size == 1:
+                    raise _refusal(condition)
+                longest = size - 1
+                break
+    return longest
+
+
+def _conditions(graph: fx.Graph) -> Iterator[Any]:
+    for node in graph.find_nodes(op="call_function", target=_ASSERT):
+        value = node.args[0].meta["val"] if isinstance(node.args[0], fx.Node) else node.args[0]
+        if isinstance(value, torch.SymBool) and value.node.expr is not sympy.true:
+            yield value.node.expr
+
+
+def _refusal(condition: Any) -> CaptureError:
+    return CaptureError(
+        "The forward pass takes another path for other inputs.",
+        found=f"the condition {condition}",
+        needed="one path for every batch and length",
+    )
