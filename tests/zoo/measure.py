@@ -95,7 +95,7 @@ def measure(entry: str, tps: tuple[int, ...]) -> Row:
             break
         except Exception as error:
             runs.append(Run(tp, failure=text_of(error), refused=isinstance(error, UsageError)))
-            stage, failure = "compile" if _can_capture(model) else "capture", text_of(error)
+            stage, failure = _stage_of(error, model)
             continue
         structure = structure or describe(compiled)
         runs.append(run_of(compiled, tp, references))
@@ -116,12 +116,13 @@ def measure(entry: str, tps: tuple[int, ...]) -> Row:
     )
 
 
-def _can_capture(model: PreTrainedModel) -> bool:
+def _stage_of(error: Exception, model: PreTrainedModel) -> tuple[str, str]:
+    """Whether capture alone fails too, and the text of what stands in the way."""
     try:
         pipeline.start(model)
-    except Exception:
-        return False
-    return True
+    except Exception as earlier:
+        return "capture", text_of(earlier)
+    return "compile", text_of(error)
 
 
 def run_of(compiled: spdcompile.CompiledModel, tp: int, references: References) -> Run:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 BOUND = 2e-5
 """Largest error of a program that drops nothing, in float32, relative to the largest logit.
 
-A sum over ranks rounds apart from the whole sum by a few parts in 1e7, of which the layers of a
-model with logits of std 1 make about 1e-6, and ten times that where a mixer decays or divides. A
-weight, head or mask in the wrong place makes 1e-2 and more: `MIN_CONTROL` holds each model to that.
+A sum over ranks rounds apart from the whole sum by parts in 1e7, and the layers add to that: the
+table says what the largest error is. A weight, head or mask in the wrong place makes 1e-2 and more,
+since another token does: `MIN_CONTROL` holds each model to that.
 """
+
+_NAMES = {"attention": "attention", "recurrent": "recurrent", "mlp": "MLP", "experts": "experts"}
 
 MIN_CONTROL = 1e-2
 MAX_REPEAT = 1e-6
@@ -73,6 +75,10 @@ class Structure:
         mixers, weights = self.mixers.get(kind), self.weights.get(kind)
         return (not mixers or mixers.split == mixers.total) and (not weights or weights.is_full)
 
+    def splits_any(self, kind: str) -> bool:
+        """Whether a weight of a kind is split."""
+        return kind in self.weights and self.weights[kind].split > 0
+
     def has(self, kind: str) -> bool:
         """Whether the model has anything of a kind."""
         return kind in self.mixers or kind in self.weights
@@ -128,20 +134,23 @@ class Row:
         return self.stage in ("", "compile")
 
     @property
+    def worst_error(self) -> float:
+        """The largest error at a tp that the model can use; infinity if there is none."""
+        return max((run.error for run in self.runs if not run.refused), default=math.inf)
+
+    @property
     def is_exact(self) -> bool:
         """Whether every tp that the model can use is within the bound."""
-        used = [run for run in self.runs if not run.refused]
-        return bool(used) and all(run.error <= BOUND for run in used)
+        return self.worst_error <= BOUND
 
     @property
     def is_split(self) -> bool:
         """Whether every attention and every MLP or expert region is split, and there is one."""
-        kinds = ("attention", "mlp", "experts", "recurrent")
         made = self.structure
         return (
             made is not None
-            and any(made.weights[kind].split for kind in kinds if kind in made.weights)
-            and all(made.is_full(kind) for kind in kinds[:3])
+            and any(map(made.splits_any, _NAMES))
+            and all(made.is_full(kind) for kind in _NAMES if kind != "recurrent")
         )
 
     @property
@@ -172,10 +181,14 @@ class Row:
         return self._extent(self.structure)
 
     def _extent(self, made: Structure) -> str:
-        kinds = [k for k in ("attention", "recurrent", "mlp", "experts") if made.has(k)]
-        split = [kind for kind in kinds if made.is_full(kind)]
-        rest = [kind for kind in kinds if kind not in split]
+        kinds = [kind for kind in _NAMES if made.has(kind)]
+        groups = {"split": [k for k in kinds if made.is_full(k)]}
+        rest = [kind for kind in kinds if kind not in groups["split"]]
+        groups["split in part"] = [kind for kind in rest if made.splits_any(kind)]
+        groups["whole"] = [kind for kind in rest if not made.splits_any(kind)]
         if not rest:
             return "all split"
-        whole = f"{', '.join(rest)} not all split"
-        return f"{', '.join(split)} split; {whole}" if split else whole
+        texts = (
+            f"{', '.join(_NAMES[k] for k in own)} {what}" for what, own in groups.items() if own
+        )
+        return "; ".join(texts)

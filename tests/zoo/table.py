@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -23,6 +23,7 @@ _HEADERS = (
 )
 _KINDS = ("attention", "mlp", "experts", "recurrent")
 _MODULE = r"[\w.]*\w"
+_DOES = "reads them whole|acts on|chooses|takes a mean"
 K = TypeVar("K")
 
 
@@ -44,8 +45,16 @@ def render(rows: Sequence[Row], tps: Sequence[int], *, seconds: float, command: 
         *_titled("Wrong", ("type", "what"), _complaints(rows)),
         *_titled("Not compiled", ("reason", "types"), _failures(rows)),
         *_titled("Fails when run, or at a higher tp", ("reason", "types"), _run_failures(rows)),
-        *_titled("Whole, though it could be split", ("what", "reason", "types"), _whole(rows)),
-        *_titled("Sync points that cannot be dropped", ("reason", "types"), _fixed(rows)),
+        *_titled(
+            "Whole, though it could be split",
+            ("what", "reason", "types"),
+            _reasons(rows, lambda made: made.whole),
+        ),
+        *_titled(
+            "Sync points that cannot be dropped",
+            ("point", "reason", "types"),
+            _reasons(rows, lambda made: made.fixed),
+        ),
         *_titled("Types without a row", ("type", "class", "reason"), _without()),
     )
     return "\n\n".join(sections) + "\n"
@@ -54,7 +63,9 @@ def render(rows: Sequence[Row], tps: Sequence[int], *, seconds: float, command: 
 def summary(rows: Sequence[Row]) -> str:
     """How many types are captured, exact and split; a type counts once, variants do not."""
     types = [row for row in rows if row.entry == model_type(row.entry)]
-    split = [row for row in types if row.is_exact and row.is_split]
+    exact = [row for row in types if row.is_exact]
+    split = [row for row in exact if row.is_split]
+    worst = max((row.worst_error for row in exact), default=0.0)
     everything = [row for row in split if row.verdict == "all split"]
     without = set(mapped_types()) & set(reasons_without())
     counts = (
@@ -62,13 +73,14 @@ def summary(rows: Sequence[Row]) -> str:
         ("of these without a row here, for a reason given below", len(without)),
         ("measured", len(types)),
         ("captured as one graph", sum(row.is_captured for row in types)),
-        ("compiled and equal to the unsharded model", sum(row.is_exact for row in types)),
+        ("compiled and equal to the unsharded model", len(exact)),
+        ("largest error of these", f"{worst:.0e}"),
         ("with every attention and every MLP or expert region split", len(split)),
         ("of these with recurrent mixers split too, or without any", len(everything)),
         ("wrong", sum(bool(row.complaints) for row in types)),
         ("variants measured besides", len(rows) - len(types)),
     )
-    return _table(("", "types"), counts)
+    return _table(("", ""), counts)
 
 
 def progress(row: Row) -> str:
@@ -154,23 +166,16 @@ def _run_failures(rows: Iterable[Row]) -> Iterable[tuple[str, str]]:
     return _grouped([*((text, row.entry) for text, row in found if row.structure), *padding])
 
 
-def _whole(rows: Iterable[Row]) -> Iterable[tuple[str, str, str]]:
+def _reasons(
+    rows: Iterable[Row], reasons_of: Callable[[Structure], Sequence[Reason]]
+) -> list[tuple[str, str, str]]:
     found = (
-        ((reason.kind, generic(reason.text)), f"{row.entry} ({_names(reason)})")
+        ((f"{reason.kind} {_names(reason)}".strip(), generic(reason.text)), row.entry)
         for row in rows
         if row.structure
-        for reason in row.structure.whole
+        for reason in reasons_of(row.structure)
     )
-    return [(kind, text, entries) for (kind, text), entries in _grouped(found)]
-
-
-def _fixed(rows: Iterable[Row]) -> Iterable[tuple[str, str]]:
-    return _grouped(
-        (generic(reason.text), f"{row.entry} ({_names(reason)})")
-        for row in rows
-        if row.structure
-        for reason in row.structure.fixed
-    )
+    return [(what, text, entries) for (what, text), entries in _grouped(found)]
 
 
 def _without() -> Iterable[tuple[str, str, str]]:
@@ -180,13 +185,15 @@ def _without() -> Iterable[tuple[str, str, str]]:
 
 def generic(reason: str) -> str:
     """A reason without the module paths of the model that it was given for."""
-    text = re.sub(rf" \({_MODULE}(?: {_MODULE})?\)", "", reason)
-    text = re.sub(rf"{_MODULE} (reads them whole|acts on|chooses)", r"a module \1", text)
+    text = re.sub(rf" \((?:the block|{_MODULE})\)", "", reason)
+    text = re.sub(rf"(?:the block|\b{_MODULE}) ({_DOES})", r"a module \1", text)
     return "; ".join(dict.fromkeys(text.split("; ")))
 
 
 def _names(reason: Reason) -> str:
-    return ", ".join(subject.removesuffix(".weight") for subject in reason.subjects)
+    """Weights or points by their own names, without the modules that they are in."""
+    names = (subject.removesuffix(".weight").rpartition(".")[2] for subject in reason.subjects)
+    return ", ".join(dict.fromkeys(names))
 
 
 def _grouped(pairs: Iterable[tuple[K, str]]) -> list[tuple[K, str]]:

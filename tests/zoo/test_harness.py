@@ -127,7 +127,7 @@ PART = replace(
 
 def test_verdicts() -> None:
     assert ROW.verdict == "all split"
-    assert PART.verdict == "attention split; mlp not all split"
+    assert PART.verdict == "attention split; MLP whole"
     assert WRONG.verdict == "WRONG"
     assert replace(ROW, control=1e-4).verdict == "WRONG"
     assert replace(ROW, repeat=1e-4).verdict == "WRONG"
