@@ -13,7 +13,8 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from spdcompile.errors import CaptureError
-from spdcompile.passes._torch import OpOverload, UserError, sympy_functions
+from spdcompile.passes._torch import UserError, sympy_functions
+from spdcompile.passes.functional import made_functional, writes_in_place
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 # Sizes that are unlikely to equal a size of the model, lest export tie the two together.
@@ -68,16 +69,16 @@ def export(module: nn.Module, device: torch.device) -> Exported:
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:
     """The same with each operator that writes in place made functional, if there is one."""
-    if not any(_writes_in_place(node) for node in exported.graph.nodes):
+    if not any(writes_in_place(node) for node in exported.graph.nodes):
+        return exported
+    plain = made_functional(exported.graph)
+    if plain is not None:
+        exported.graph_module.graph = plain
         return exported
     with warnings.catch_warnings():
         # torch 2.13 copies its own tree specs in a way that it deprecates.
         warnings.simplefilter("ignore", FutureWarning)
         return exported.run_decompositions({})
-
-
-def _writes_in_place(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def _max_length(exported: ExportedProgram) -> int | None:

@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from spdcompile.errors import CollectiveCountError, InvariantError
-from spdcompile.passes._torch import OpOverload
 from spdcompile.passes.base import Invariant, Program
 from spdcompile.passes.drop import all_points
+from spdcompile.passes.functional import writes_in_place
 from spdcompile.passes.layout import Assignment
 from spdcompile.passes.ops import SYNC
 from spdcompile.passes.placement.types import P, Placement, Shard, V
@@ -87,7 +87,7 @@ def _normal(program: Program) -> Iterator[str]:
         target = node.target
         if target in _NOT_NORMAL:
             yield f"{key} holds {target}"
-        elif isinstance(target, OpOverload) and target._schema.is_mutable:
+        elif writes_in_place(node):
             # Dead-code removal and the split into parts know of results only.
             yield f"{key} holds {target}, which writes in place"
 
