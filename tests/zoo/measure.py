@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class References:
 
     Raises:
         Exception: whatever the model raises on an unpadded batch.
+        ValueError: its logits are not finite.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -41,6 +43,9 @@ class References:
         batches = [token_ids(shape, self.vocab) for shape in SHAPES]
         self.inputs: list[tuple[Tensor, Tensor | None]] = [(ids, None) for ids in batches]
         self.logits = self._run()
+        for logits in self.logits:
+            if not bool(logits.isfinite().all()):
+                raise ValueError("the model's own logits are not finite")
         self.padding = ""
         padded = left_padded(batches[0], PADS)
         try:
@@ -57,14 +62,17 @@ class References:
     def _run(self) -> list[Tensor]:
         return [self._of(ids, mask) for ids, mask in self.inputs]
 
-    def errors(self, run: Callable[[Tensor, Tensor | None], Tensor]) -> list[float]:
-        """Relative error of each batch, at real tokens, of what computes logits."""
-        cases = zip(self.inputs, self.logits, strict=True)
-        return [rel_err(run(ids, mask), own, real=mask) for (ids, mask), own in cases]
+    def errors(self, logits: Sequence[Tensor]) -> list[float]:
+        """Relative error of the logits of each batch, at real tokens.
+
+        Infinity where they are not finite, or not of the model's own shape and dtype.
+        """
+        cases = zip(logits, self.logits, self.inputs, strict=True)
+        return [_error(given, own, mask) for given, own, (_, mask) in cases]
 
     def repeat(self) -> float:
         """Difference between the model now and when the references were made."""
-        return max(self.errors(self._of))
+        return max(self.errors(self._run()))
 
     def control(self) -> float:
         """How far another first token moves the last logits of the shortest batch."""
@@ -72,6 +80,13 @@ class References:
         changed = ids.clone()
         changed[:, 0] = ids[:, 1] if bool((ids[:, 0] != ids[:, 1]).all()) else ids[:, 0] - 1
         return rel_err(self._of(changed, None)[:, -1], self.logits[1][:, -1])
+
+
+def _error(given: Tensor, own: Tensor, real: Tensor | None) -> float:
+    try:
+        return rel_err(given, own, real=real)
+    except ValueError:
+        return math.inf
 
 
 def measure(entry: str, tps: tuple[int, ...]) -> Row:
@@ -128,9 +143,10 @@ def _stage_of(error: Exception, model: PreTrainedModel) -> tuple[str, str]:
 def run_of(compiled: spdcompile.CompiledModel, tp: int, references: References) -> Run:
     """The errors of a compiled model, or why it fails."""
     try:
-        errors = references.errors(lambda ids, mask: compiled(ids, attention_mask=mask).logits)
+        logits = [compiled(ids, attention_mask=mask).logits for ids, mask in references.inputs]
     except Exception as error:
         return Run(tp, failure=text_of(error))
+    errors = references.errors(logits)
     unpadded, padded = errors[: len(SHAPES)], errors[len(SHAPES) :]
     return Run(tp, max(unpadded), *padded)
 

@@ -159,7 +159,7 @@ class Row:
         found = [
             f"tp {run.tp}: error {run.error:.1e}, more than {BOUND:.0e}"
             for run in self.runs
-            if run.error != math.inf and run.error > BOUND
+            if run.unpadded is not None and run.error > BOUND
         ]
         if self.repeat > MAX_REPEAT:
             found.append(f"the unsharded model differs from itself by {self.repeat:.1e}")
@@ -187,7 +187,7 @@ class Row:
         groups["split in part"] = [kind for kind in rest if made.splits_any(kind)]
         groups["whole"] = [kind for kind in rest if not made.splits_any(kind)]
         if not rest:
-            return "all split"
+            return "all split" if self.is_split else "nothing to split"
         texts = (
             f"{', '.join(_NAMES[k] for k in own)} {what}" for what, own in groups.items() if own
         )

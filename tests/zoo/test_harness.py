@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -131,6 +132,7 @@ def test_verdicts() -> None:
     assert WRONG.verdict == "WRONG"
     assert replace(ROW, control=1e-4).verdict == "WRONG"
     assert replace(ROW, repeat=1e-4).verdict == "WRONG"
+    assert replace(ROW, runs=(Run(2, math.inf, math.inf),)).verdict == "WRONG"
     assert replace(ROW, runs=(Run(2, failure="RuntimeError: no"),)).verdict == "fails when run"
     assert Row("x", stage="capture", failure="loop").verdict == "not captured"
 
@@ -144,6 +146,7 @@ def test_a_model_that_cannot_use_so_many_ranks_is_exact() -> None:
 def test_a_model_of_which_nothing_is_split_does_not_count_as_split() -> None:
     empty = replace(ROW.structure, mixers={}, weights={})
     assert not replace(ROW, structure=empty).is_split
+    assert replace(ROW, structure=empty).verdict == "nothing to split"
 
 
 def _measured(entry: str) -> Row:
