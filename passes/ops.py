@@ -5,6 +5,7 @@
 `spd::gather`     shards along a dim in, the concatenation over the ranks out.
 `spd::take`       a replicated value in, this rank's share along a dim out.
 `spd::grouped_mm` a matrix of its own for each group of consecutive rows: a mixture of experts.
+`spd::call`       code that no graph can hold, by name (passes/opaque.py).
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ _LIBRARY.define("sync(Tensor partial, str point) -> Tensor")
 _LIBRARY.define("gather(Tensor shard, int dim) -> Tensor")
 _LIBRARY.define("take(Tensor whole, Tensor index, int dim, int units) -> Tensor")
 _LIBRARY.define("grouped_mm(Tensor rows, Tensor weight, Tensor ends) -> Tensor")
+_LIBRARY.define("call(Tensor[] tensors, str code, int[] shape, ScalarType dtype) -> Tensor")
 
 ATTENTION = torch.ops.spd.attention.default
 SYNC = torch.ops.spd.sync.default
 GATHER = torch.ops.spd.gather.default
 TAKE = torch.ops.spd.take.default
 GROUPED_MM = torch.ops.spd.grouped_mm.default
+CALL = torch.ops.spd.call.default
 
 
 @torch.library.register_fake("spd::attention")
@@ -70,3 +73,11 @@ def _take(whole: Tensor, index: Tensor, dim: int, units: int) -> Tensor:
     """
     parts = whole.unflatten(dim, (-1, units)).index_select(dim + 1, index)
     return parts.flatten(dim, dim + 1)
+
+
+@torch.library.register_fake("spd::call")
+def _call_fake(tensors: list[Tensor], code: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Each size of the result is one of an input's, (input, dim), or a constant, (-1, size)."""
+    pairs = zip(shape[::2], shape[1::2], strict=True)
+    sizes = [dim if place < 0 else tensors[place].shape[dim] for place, dim in pairs]
+    return tensors[0].new_empty(sizes, dtype=dtype)

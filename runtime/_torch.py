@@ -22,6 +22,7 @@ from torch._C._functorch import is_batchedtensor, maybe_current_level, maybe_get
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils import _pytree as pytree
 
 
 def define_copy(library: torch.library.Library, op: OpOverload) -> OpOverload:
@@ -52,26 +53,29 @@ def register_autograd(
     Args:
         op: an operator without keyword-only arguments.
         save: (ctx, *inputs), keeps what `backward` needs.
-        backward: (ctx, *grads) -> a tuple with one gradient or None for each input.
+        backward: (ctx, *grads) -> a tuple with one gradient or None for each input; for a list of
+            tensors a list of them.
     """
 
-    def forward(ctx: Any, keyset: DispatchKeySet, *inputs: Any) -> Any:
+    def forward(ctx: Any, keyset: DispatchKeySet, spec: Any, *leaves: Any) -> Any:
+        inputs = pytree.tree_unflatten(leaves, spec)
         save(ctx, *inputs)
         # A Function's forward runs without gradients, which would hold for outer levels too.
         with torch.enable_grad():
             return _below_autograd(op, keyset, inputs)
 
     def backward_all(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return None, *backward(ctx, *grads)
+        return None, None, *pytree.tree_leaves(backward(ctx, *grads))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward_all)}
     function = type(f"{op.name()}_with_gradient", (_SingleLevelFunction,), methods)
 
     def kernel(keyset: DispatchKeySet, *inputs: Any) -> Any:
-        tensors = (x for x in inputs if isinstance(x, Tensor))
+        leaves, spec = pytree.tree_flatten(inputs)
+        tensors = (x for x in leaves if isinstance(x, Tensor))
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             with enable_single_level_autograd_function():
-                return function.apply(keyset, *inputs)
+                return function.apply(keyset, spec, *leaves)
         return _below_autograd(op, keyset, inputs)
 
     library.impl(op, kernel, "Autograd", with_keyset=True)

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx
 
+import spdcompile.runtime.calls
 import spdcompile.runtime.grouped
 import spdcompile.runtime.ops  # noqa: F401  (gives the operators their kernels)
 from spdcompile.passes.base import Part, Program

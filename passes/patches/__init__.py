@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from spdcompile.passes.patches.apply import patched_for_export
 
-from transformers import PreTrainedModel
-
-
-@contextmanager
-def patched_for_export(model: PreTrainedModel) -> Iterator[None]:
-    yield
+__all__ = ["patched_for_export"]
