@@ -6,6 +6,7 @@ for each distinct block and not once for each layer.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -187,9 +188,19 @@ class _PartBuilder:
         if node.target is not aten.sym_size.int:
             return self._create(node, fx.map_arg(node.args, self._resolve))
         wanted = node.meta["val"].node.expr
-        for placeholder in self.graph.find_nodes(op="placeholder"):
-            if placeholder.name in self.inputs:
-                for dim, size in enumerate(placeholder.meta["val"].shape):
-                    if isinstance(size, torch.SymInt) and size.node.expr == wanted:
-                        return self._create(node, (placeholder, dim))
+        sizes = [
+            (size, placeholder, dim)
+            for placeholder in self.graph.find_nodes(op="placeholder")
+            if placeholder.name in self.inputs
+            for dim, size in enumerate(placeholder.meta["val"].shape)
+            if isinstance(size, torch.SymInt)
+        ]
+        for size, placeholder, dim in sizes:
+            if size.node.expr == wanted:
+                return self._create(node, (placeholder, dim))
+        for size, placeholder, dim in sizes:
+            more = size.node.expr - wanted
+            if more.is_Integer:  # the model put tokens of its own before the caller's
+                whole = add_call(self.graph, node.target, (placeholder, dim), {"val": size})
+                return add_call(self.graph, operator.sub, (whole, int(more)), node.meta)
         raise AssertionError(f"no input of part {self.index} has the size {wanted}")

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.integrations.moe import _grouped_linear
+
+from spdcompile.passes.ops import GROUPED_MM
 
 Experts = Callable[[Tensor, Tensor], Tensor]  # sorted tokens, where groups end -> their results
 
@@ -22,9 +23,8 @@ def dbrx_experts(self: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> 
     gate, up, down = (weight.view(shape) for weight in (self.mlp.w1, self.mlp.v1, self.mlp.w2))
 
     def experts(tokens: Tensor, ends: Tensor) -> Tensor:
-        gated = self.mlp.activation_fn(_grouped_linear(tokens, gate, ends))
-        inner = gated * _grouped_linear(tokens, up, ends)
-        return _grouped_linear(inner, down, ends, is_transposed=True)
+        gated = self.mlp.activation_fn(GROUPED_MM(tokens, gate.mT, ends))
+        return GROUPED_MM(gated * GROUPED_MM(tokens, up.mT, ends), down, ends)
 
     tokens = hidden.reshape(-1, self.hidden_size)
     return _mixed(experts, self.num_experts, tokens, chosen, weights).view(hidden.shape)
@@ -39,14 +39,12 @@ def longcat_flash_experts(self: Any, hidden: Tensor, chosen: Tensor, weights: Te
         return hidden * weights.sum(1, keepdim=True)
 
     def experts(tokens: Tensor, ends: Tensor) -> Tensor:
-        up = self.gate_up_proj[: self.num_routed_experts]
-        gate, up = _grouped_linear(tokens, up, ends).chunk(2, -1)
-        return _grouped_linear(self.act_fn(gate) * up, self.down_proj, ends)
+        gate_up = self.gate_up_proj[: self.num_routed_experts]
+        gate, up = GROUPED_MM(tokens, gate_up.mT, ends).chunk(2, -1)
+        return GROUPED_MM(self.act_fn(gate) * up, self.down_proj.mT, ends)
 
-    idle = chosen >= self.num_routed_experts
-    weights_routed = weights.masked_fill(idle, 0.0)
-    chosen = chosen.clamp(max=self.num_routed_experts - 1)
-    mixed = _mixed(experts, self.num_routed_experts, hidden, chosen, weights_routed)
+    idle = chosen >= self.num_routed_experts  # their rows come last, where the products are zero
+    mixed = _mixed(experts, self.num_routed_experts, hidden, chosen, weights)
     return mixed + hidden * weights.masked_fill(~idle, 0.0).sum(1, keepdim=True).to(hidden.dtype)
 
 
@@ -66,7 +64,7 @@ def jetmoe_gating(self: Any, hidden: Tensor) -> tuple[Tensor, ...]:
 
 def jetmoe_experts(self: Any, inputs: Tensor, rows: Tensor) -> Tensor:
     """JetMoeParallelExperts.forward: inputs sorted by expert [T, C], rows of each [E]."""
-    return _grouped_linear(inputs, self.weight, rows.cumsum(0).to(torch.int32))
+    return GROUPED_MM(inputs, self.weight.mT, rows.cumsum(0).to(torch.int32))
 
 
 def _mixed(
