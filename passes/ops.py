@@ -16,7 +16,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("spd", "DEF")
 _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor valid, Tensor? sinks, float scale, bool causal,"
-    " int window, float softcap) -> Tensor"
+    " int window, float softcap, int chunk=0) -> Tensor"
 )
 _LIBRARY.define("sync(Tensor partial, str point) -> Tensor")
 _LIBRARY.define("gather(Tensor shard, int dim) -> Tensor")

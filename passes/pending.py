@@ -206,8 +206,9 @@ class PendingRewriter:
         return Pending(whole, partial, value.points, value.kept)
 
     def _expanded(self, whole: fx.Node, partial: fx.Node) -> fx.Node:
-        """R in the shape of P; a bias alone has fewer dims."""
-        if len(whole.meta["val"].shape) == len(partial.meta["val"].shape):
+        """R in the shape of P; a bias alone has fewer dims, the pieces of one are expanded."""
+        value = whole.meta["val"]
+        if isinstance(value, list | tuple) or len(value.shape) == len(partial.meta["val"].shape):
             return whole
         args = (whole, partial)
         return add_call(self.new, aten.expand_as.default, args, partial.meta, placement=R)

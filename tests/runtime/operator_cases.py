@@ -22,7 +22,7 @@ CAT, LAYER_NORM, SDPA = VMAP_REPLACEMENTS.values()
 # bfloat16 (2^-8) in its case.
 BOUNDS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
 
-# scale, causal, window, softcap
+# scale, causal, window, softcap and, where there are chunks, their size
 SETTINGS = {
     "causal": (0.4, True, 0, 0.0),
     "full": (0.4, False, 0, 0.0),
@@ -32,6 +32,9 @@ SETTINGS = {
     "window-longer": (0.4, True, 50, 0.0),
     "softcap": (0.9, True, 0, 1.5),
     "softcap-window": (0.9, True, 4, 1.5),
+    "chunk": (0.4, True, 0, 0.0, 3),
+    "chunk-longer": (0.4, True, 0, 0.0, 50),
+    "chunk-softcap": (0.9, True, 0, 1.5, 2),
 }
 PADDINGS = {"none": (0, 0), "left": (3, 0), "right": (0, 2), "both": (2, 2), "all": (S, 0)}
 
@@ -40,14 +43,20 @@ def attend_plainly(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor, sinks: Tensor | None, *settings: Any
 ) -> Tensor:
     """Attention row by row over the columns that the row sees -> [B, S, H, V]."""
-    scale, causal, window, softcap = settings
+    scale, causal, window, softcap, chunk = (*settings, 0)[:5]
+    padding = [[*row.bool().tolist(), True].index(True) for row in valid]
     rows = []
     for b, i, h in itertools.product(range(q.shape[0]), range(q.shape[2]), range(q.shape[1])):
         seen = [
             j
             for j in range(k.shape[2])
             if i == j
-            or (valid[b, j] and (not causal or j <= i) and (window == 0 or i - j < window))
+            or (
+                valid[b, j]
+                and (not causal or j <= i)
+                and (window == 0 or i - j < window)
+                and (chunk == 0 or (j - padding[b]) // chunk == (i - padding[b]) // chunk)
+            )
         ]
         group = h // (q.shape[1] // k.shape[1])
         logits = scale * (k[b, group, seen] @ q[b, h, i])

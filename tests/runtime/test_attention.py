@@ -69,7 +69,7 @@ MIXES = [
 ]
 
 
-@pytest.mark.parametrize("setting", ["causal", "window", "softcap"])
+@pytest.mark.parametrize("setting", ["causal", "window", "softcap", "chunk"])
 def test_vmapped_attention_matches_loop_in_all_mixes(setting: str) -> None:
     per_rank, shared = random_inputs(R), random_inputs()
     per_rank["valid"] = torch.stack([padded(rank, 0) for rank in range(R)])

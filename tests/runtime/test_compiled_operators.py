@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spdcompile.passes.ops import ATTENTION, GATHER, SYNC, TAKE
-from spdcompile.runtime.ops import ATTENTION_BACKWARD
+from spdcompile.runtime.attention import ATTENTION_BACKWARD
 from tests.compare import rel_err
 from tests.runtime.operator_cases import (
     CAT,
