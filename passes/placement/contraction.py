@@ -163,7 +163,7 @@ class GroupedMatMul:
             case (Partial(), Replicate()) | (Replicate(), Partial()):
                 return placed(P)
             case Shard(1, x), Shard(1, y):
-                return placed(P) if x == y else None
+                return placed(P) if x == y and x.times_held == 1 else None
             case Replicate(), Shard(2, y):
                 return placed(Shard(1, y))
         return None
