@@ -104,11 +104,13 @@ class SyncPoint:
     Args:
         name: "attn", "mlp", ...; `merged` names the points that share its all-reduce.
         refusal: why it cannot be dropped, or "".
+        routed: it can be dropped if routers read the replicated part alone.
     """
 
     name: str
     merged: tuple[str, ...] = ()
     refusal: str = ""
+    routed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +119,14 @@ class BlockGraph:
 
     Args:
         partials: the sync point of each partial sum, in graph order, before any were merged.
+        routers: modules that choose or weigh experts by the replicated part of a value alone.
     """
 
     module: fx.GraphModule
     regions: tuple[Region, ...] = ()
     sync_points: tuple[SyncPoint, ...] = ()
     partials: tuple[str, ...] = ()
+    routers: tuple[str, ...] = ()
 
     def copied(self) -> BlockGraph:
         """The same with a graph of its own: what a pass may change in place."""

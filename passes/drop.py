@@ -12,8 +12,9 @@ from torch import fx
 
 from spdcompile.errors import RefusalError
 from spdcompile.passes.base import BlockGraph, Part, PassResult, Program
-from spdcompile.passes.pending import LeakError, Rewritten
+from spdcompile.passes.residual import LeakError, Rewritten
 from spdcompile.passes.sync import rewrite_with_dropped
+from spdcompile.plan import Router
 
 PointName = tuple[int, str]
 """A sync point: (layer, name within the block), such as (3, "attn")."""
@@ -25,9 +26,11 @@ class Drop:
 
     Args:
         points: (layer, name) of each.
+        router: what routers read where a dropped point is pending.
     """
 
     points: frozenset[PointName]
+    router: Router = Router.EXACT
 
     def __call__(self, program: Program) -> PassResult:
         """A program without the points.
@@ -36,7 +39,7 @@ class Drop:
             RefusalError: a point does not exist or cannot be dropped; with the reason.
         """
         self._check(program)
-        dropper = _Dropper(program)
+        dropper = _Dropper(program, self.router)
         parts = tuple(
             dropper.drop(
                 part, frozenset(name for layer, name in self.points if layer == part.layer)
@@ -49,7 +52,7 @@ class Drop:
 
     def _check(self, program: Program) -> None:
         for layer, name in sorted(self.points):
-            reason = refusal_of(program, layer, name)
+            reason = refusal_of(program, layer, name, self.router)
             if reason:
                 raise RefusalError(
                     f"The sync point layers.{layer}.{name} cannot be dropped.",
@@ -78,7 +81,7 @@ def all_points(program: Program) -> list[PointName]:
     ]
 
 
-def refusal_of(program: Program, layer: int, name: str) -> str:
+def refusal_of(program: Program, layer: int, name: str, router: Router = Router.EXACT) -> str:
     """Why a sync point cannot be dropped; "" if nothing within its block stands against it."""
     part = next((part for part in program.parts if part.layer == layer), None)
     if part is None:
@@ -86,6 +89,8 @@ def refusal_of(program: Program, layer: int, name: str) -> str:
     block = program.graph_of(part)
     for point in block.sync_points:
         if point.name == name:
+            if point.routed and router is Router.REPLICATED:
+                return ""
             first = next(p for p in program.parts if p.graph == part.graph)
             return point.refusal.replace(f"{first.module}.", f"{part.module}.")
         if name in point.merged:
@@ -102,7 +107,8 @@ _Variant = tuple[str, Rewritten]
 class _Dropper:
     """Drops points part by part; parts of equal structure and equal drops share a graph."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, router: Router) -> None:
+        self.router = router
         self.graphs = dict(program.graphs)
         self.known: dict[tuple[str, frozenset[str], frozenset[str]], _Variant] = {}
         self.pending: dict[str, str] = {}
@@ -129,7 +135,7 @@ class _Dropper:
         if known not in self.known:
             block = self.graphs[part.graph]
             try:
-                rewritten = rewrite_with_dropped(block, names, pending)
+                rewritten = rewrite_with_dropped(block, names, pending, self.router)
             except LeakError as why:
                 raise RefusalError(
                     f"The sync points of {part.name} cannot be dropped together.",
@@ -137,11 +143,12 @@ class _Dropper:
                     reason=str(why),
                 ) from why
             key = "-".join((part.graph, "drop", *sorted(names), *(["pending"] if pending else [])))
-            self.graphs[key] = _kept(block, rewritten.graph, names)
+            self.graphs[key] = _kept(block, rewritten, names)
             self.known[known] = key, rewritten
         return self.known[known]
 
 
-def _kept(block: BlockGraph, graph: fx.Graph, dropped: frozenset[str]) -> BlockGraph:
+def _kept(block: BlockGraph, rewritten: Rewritten, dropped: frozenset[str]) -> BlockGraph:
     points = tuple(point for point in block.sync_points if point.name not in dropped)
-    return replace(block, module=fx.GraphModule({}, graph), sync_points=points)
+    module = fx.GraphModule({}, rewritten.graph)
+    return replace(block, module=module, sync_points=points, routers=rewritten.routers)

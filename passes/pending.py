@@ -14,7 +14,6 @@ output by any other way, or the ranks would disagree for good: then the drop is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,51 +23,12 @@ from spdcompile.passes.base import add_call, module_path
 from spdcompile.passes.linearity import carries, is_size, tensor_args
 from spdcompile.passes.ops import SYNC
 from spdcompile.passes.placement.types import P, R, V
+from spdcompile.passes.residual import LeakError, Pending, Rewritten, Value
+from spdcompile.passes.routing import CHOOSES, ReplicatedPart, choice_error, weighs
+from spdcompile.plan import Router
 
 aten = torch.ops.aten
-_CHOOSES = (aten.topk.default, aten.sort.default, aten.argmax.default, aten.max.dim)
-
-
-class LeakError(Exception):
-    """Dropping would leave the ranks with different values for good; the text is the reason."""
-
-
-@dataclass(eq=False)
-class Pending:
-    """A value R + sum of P over the ranks.
-
-    Args:
-        whole: R, or None for zero.
-        partial: P.
-        points: the sync points that P comes from and that are kept.
-        kept: whether it is to be summed at the first nonlinear reader.
-    """
-
-    whole: fx.Node | None
-    partial: fx.Node
-    points: tuple[str, ...]
-    kept: bool
-    seen: fx.Node | None = field(default=None)
-
-
-Value = fx.Node | Pending
 Source = Callable[[fx.Node, Callable[[fx.Node], fx.Node]], Pending | None]
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """A rewritten graph.
-
-    Args:
-        points: the sync points in it, in order: each with the points merged into it, itself last.
-        partial_inputs: placeholder -> the added placeholder of its pending part.
-        partial_outputs: output position -> position of the added output of its pending part.
-    """
-
-    graph: fx.Graph
-    points: tuple[tuple[str, ...], ...]
-    partial_inputs: dict[str, str]
-    partial_outputs: dict[int, int]
 
 
 class PendingRewriter:
@@ -78,10 +38,15 @@ class PendingRewriter:
         source: for a node of the old graph at which a pending value arises: that value; it gets
             the node and a function that copies the node into the new graph.
         pending_inputs: placeholders that come in as a pair (R, P).
+        router: what a choosing operator reads; see routing.py.
     """
 
     def __init__(
-        self, graph: fx.Graph, source: Source, pending_inputs: frozenset[str] = frozenset()
+        self,
+        graph: fx.Graph,
+        source: Source,
+        pending_inputs: frozenset[str] = frozenset(),
+        router: Router = Router.EXACT,
     ) -> None:
         self.old, self.source, self.pending_inputs = graph, source, pending_inputs
         self.new = fx.Graph()
@@ -92,6 +57,12 @@ class PendingRewriter:
         self.points: list[tuple[str, ...]] = []
         self.partial_inputs: dict[str, str] = {}
         self.partial_outputs: dict[int, int] = {}
+        chooses = any(node.target in CHOOSES for node in graph.nodes)
+        self.routers: list[str] = []
+        self.routes = chooses and router is Router.REPLICATED
+        self.replicated = ReplicatedPart(
+            self.new, self.env, self.varies, self._whole_of, self.plain
+        )
 
     def run(self) -> Rewritten:
         """The new graph.
@@ -113,7 +84,15 @@ class PendingRewriter:
                 self.env[node] = self._settle_early(node, value)
             else:
                 self._output(node)
-        return Rewritten(self.new, tuple(self.points), self.partial_inputs, self.partial_outputs)
+        if self.routes:
+            self.new.eliminate_dead_code()  # what ranks would have chosen by themselves
+        return Rewritten(
+            self.new,
+            tuple(self.points),
+            self.partial_inputs,
+            self.partial_outputs,
+            tuple(dict.fromkeys((*self.routers, *self.replicated.projections))),
+        )
 
     def plain(self, node: fx.Node) -> fx.Node:
         """The value of an old node as one node of the new graph: settled or shown."""
@@ -144,20 +123,29 @@ class PendingRewriter:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         """The node in the new graph, reading plain values."""
-        reads = [self.plain(arg) for arg in node.all_input_nodes]
+        reads = [self._read(node, arg) for arg in node.all_input_nodes]
         varying = [arg for arg in reads if arg in self.varies]
-        if varying and node.target in _CHOOSES:
-            raise LeakError(
-                f"{module_path(node)} chooses ({node.target}) by a value that would differ between "
-                "the ranks, as the routing of a mixture of experts does; their partial sums would "
-                "then belong to different experts"
-            )
-        args = fx.map_arg(node.args, self.plain)
-        kwargs = fx.map_arg(node.kwargs, self.plain)
+        if varying and node.target in CHOOSES:
+            raise choice_error(node)
+        args = fx.map_arg(node.args, lambda arg: self._read(node, arg))
+        kwargs = fx.map_arg(node.kwargs, lambda arg: self._read(node, arg))
         new = add_call(self.new, node.target, args, node.meta, kwargs)
         if varying and new.meta["placement"] == R:
             self._mark_varying(new, self._origin(node, reads, varying))
         return new
+
+    def _read(self, node: fx.Node, arg: fx.Node) -> fx.Node:
+        """What a node reads of an operand: as the rank sees it, or the replicated part alone."""
+        if self.routes and (node.target in CHOOSES or weighs(node, arg)):
+            found = self.replicated.of(arg)
+            if node.target in CHOOSES and found is not self.plain(arg):
+                self.routers.append(module_path(node))
+            return found
+        return self.plain(arg)
+
+    def _whole_of(self, value: Pending) -> fx.Node | None:
+        """R of a pending value, in the shape of P."""
+        return None if value.whole is None else self._expanded(value.whole, value.partial)
 
     def _origin(self, node: fx.Node, reads: list[fx.Node], varying: list[fx.Node]) -> str:
         """The module whose varying result first meets a value that all ranks share, if it has."""
@@ -199,9 +187,9 @@ class PendingRewriter:
             return self._add(node)
         (operand,) = pending
         value = self.env[operand]
-        whole = value.whole
+        whole = self._whole_of(value)
         if whole is not None:
-            whole = self._half(node, operand, self._expanded(whole, value.partial), R)
+            whole = self._half(node, operand, whole, R)
         partial = self._half(node, operand, value.partial, P)
         return Pending(whole, partial, value.points, value.kept)
 
@@ -217,7 +205,7 @@ class PendingRewriter:
         """A linear operator on one half of a pending value."""
 
         def swap(arg: fx.Node) -> fx.Node:
-            return half if arg is operand else self.plain(arg)
+            return half if arg is operand else self._read(node, arg)
 
         args, kwargs = fx.map_arg(node.args, swap), fx.map_arg(node.kwargs, swap)
         return add_call(self.new, node.target, args, node.meta, kwargs, placement=placement)

@@ -21,6 +21,7 @@ from spdcompile.passes.regions import FindRegions
 from spdcompile.passes.split import split
 from spdcompile.passes.sync import insert_sync_points
 from spdcompile.passes.verify import verify
+from spdcompile.plan import Router
 
 _LOG = logging.getLogger(__name__)
 _I = Invariant
@@ -61,10 +62,10 @@ def preserving(tp: int, head_groups: HeadGroups) -> tuple[Step, ...]:
     )
 
 
-def changing(points: frozenset[PointName]) -> tuple[Step, ...]:
+def changing(points: frozenset[PointName], router: Router = Router.EXACT) -> tuple[Step, ...]:
     """The passes that change the numbers: dropping the sync points that a plan names."""
     local = _START | {_I.NORMAL, _I.SPLIT, _I.ASSIGNED, _I.PLACED, _I.SYNCED, _I.LOCAL}
-    return (Step("drop", Drop(points), Numerics.CHANGES, local, local),)
+    return (Step("drop", Drop(points, router), Numerics.CHANGES, local, local),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,10 @@ from torch import fx
 from spdcompile.passes.base import BlockGraph, PassResult, Program, SyncPoint, module_path
 from spdcompile.passes.channelflow import SUMMABLE
 from spdcompile.passes.ops import SYNC
-from spdcompile.passes.pending import LeakError, Pending, PendingRewriter, Rewritten
+from spdcompile.passes.pending import PendingRewriter
 from spdcompile.passes.placement.types import P, Shard
+from spdcompile.passes.residual import ChoiceError, LeakError, Pending, Rewritten
+from spdcompile.plan import Router
 
 
 def insert_sync_points(program: Program) -> PassResult:
@@ -26,7 +28,10 @@ def insert_sync_points(program: Program) -> PassResult:
 
 
 def rewrite_with_dropped(
-    block: BlockGraph, dropped: frozenset[str], pending_inputs: frozenset[str] = frozenset()
+    block: BlockGraph,
+    dropped: frozenset[str],
+    pending_inputs: frozenset[str] = frozenset(),
+    router: Router = Router.EXACT,
 ) -> Rewritten:
     """The graph of a block without the given sync points.
 
@@ -42,7 +47,7 @@ def rewrite_with_dropped(
         kept = name not in dropped
         return Pending(None, rewriter.plain(partial), points[name] if kept else (), kept)
 
-    rewriter = PendingRewriter(block.module.graph, source, pending_inputs)
+    rewriter = PendingRewriter(block.module.graph, source, pending_inputs, router)
     return rewriter.run()
 
 
@@ -58,10 +63,7 @@ def _insert(block: BlockGraph) -> BlockGraph:
     partials = tuple(names.values())
     block = replace(block, module=module, sync_points=points, partials=partials)
     statistics = {name: node for node, name in names.items() if node.target in SUMMABLE}
-    judged = tuple(
-        replace(point, refusal=_refusal(block, point, statistics.get(point.name)))
-        for point in points
-    )
+    judged = tuple(_judged(block, point, statistics.get(point.name)) for point in points)
     return replace(block, sync_points=judged)
 
 
@@ -96,15 +98,23 @@ def _partial_region(node: fx.Node) -> str | None:
     return regions[0] if regions else None
 
 
-def _refusal(block: BlockGraph, point: SyncPoint, statistic: fx.Node | None) -> str:
-    """Why a sync point cannot be dropped: found by dropping it."""
+def _judged(block: BlockGraph, point: SyncPoint, statistic: fx.Node | None) -> SyncPoint:
+    """The point with why it cannot be dropped: found by dropping it."""
     if statistic is not None:
-        return (
+        refusal = (
             f"{module_path(statistic)} takes a mean over channels of all ranks; without the sum "
             "each rank would normalise by its own share alone"
         )
+        return replace(point, refusal=refusal)
+    dropped = frozenset({point.name})
     try:
-        rewrite_with_dropped(block, frozenset({point.name}))
+        rewrite_with_dropped(block, dropped)
+    except ChoiceError as choice:
+        try:
+            rewrite_with_dropped(block, dropped, router=Router.REPLICATED)
+        except LeakError as why:
+            return replace(point, refusal=str(why))
+        return replace(point, refusal=str(choice), routed=True)
     except LeakError as why:
-        return str(why)
-    return ""
+        return replace(point, refusal=str(why))
+    return point

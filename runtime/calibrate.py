@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spdcompile.passes import pipeline
+from spdcompile.plan import Router
 from spdcompile.runtime.data import batches_of, token_loss
 from spdcompile.runtime.executor import Executor
 from spdcompile.runtime.inputs import program_inputs
@@ -53,6 +54,7 @@ def calibrate(
     plain: LocalExecutor,
     tokens: Tensor,
     *,
+    router: Router = Router.EXACT,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Sensitivity:
@@ -62,6 +64,7 @@ def calibrate(
         base: the program before anything is dropped.
         plain: runs it.
         tokens: calibration chunks, int64 [chunks, length].
+        router: what routers read where a dropped point is pending.
 
     Raises:
         RefusalError: a block's attention point cannot be dropped.
@@ -69,7 +72,7 @@ def calibrate(
     """
     layers = [part.layer for part in base.program.parts if part.layer is not None]
     every = frozenset((layer, "attn") for layer in layers)
-    dropped = pipeline.advance(base, pipeline.changing(every)).program
+    dropped = pipeline.advance(base, pipeline.changing(every, router)).program
     prefixes = [(batch, _prefix(plain, batch)) for batch in batches_of(tokens, batch_size)]
     spd = plain.with_program(dropped)
     starts = tqdm(

@@ -22,6 +22,7 @@ from spdcompile.errors import RefusalError
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Part
 from spdcompile.passes.drop import PointName
+from spdcompile.plan import Router
 from spdcompile.runtime.data import batches_of
 from spdcompile.runtime.executor import Executor
 from spdcompile.runtime.inputs import program_inputs
@@ -97,6 +98,7 @@ def distill(
     tokens: Tensor,
     *,
     points: frozenset[PointName],
+    router: Router = Router.EXACT,
     settings: DistillSettings | None = None,
     progress: bool = True,
 ) -> Distilled:
@@ -107,13 +109,14 @@ def distill(
         teacher: runs it, eagerly; its weights stay as they are; float32 is advised.
         tokens: calibration chunks, int64 [chunks, length].
         points: the sync points to drop; the last one of each block must stay.
+        router: what routers read where a dropped point is pending.
 
     Raises:
         RefusalError: a point cannot be dropped.
         UsageError: the tokens do not fit.
     """
     settings = settings or DistillSettings()
-    dropped = pipeline.advance(base, pipeline.changing(points)).program
+    dropped = pipeline.advance(base, pipeline.changing(points, router)).program
     trainer = _Trainer(teacher, teacher.with_program(dropped), settings)
     return trainer.run(list(batches_of(tokens, settings.batch_size)), progress)
 

@@ -14,6 +14,7 @@ _HOMES = {
     "compile": "api",
     "CompiledModel": "api",
     "Plan": "plan",
+    "Router": "plan",
     "calibrate": "calibration",
     "distill": "calibration",
     "Sensitivity": "calibration",

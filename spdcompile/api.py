@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import transformers
@@ -16,7 +18,7 @@ from spdcompile.errors import PlanError, UsageError
 from spdcompile.models import ModelSource, resolve_model
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
-from spdcompile.plan import HeadGroups, Plan, attention_points
+from spdcompile.plan import HeadGroups, Plan, Router, attention_points
 from spdcompile.report import Report, build_report
 from spdcompile.runtime import launch
 from spdcompile.runtime.distributed import DistributedExecutor
@@ -24,6 +26,8 @@ from spdcompile.runtime.executor import Backend, Executor
 from spdcompile.runtime.inputs import program_inputs
 from spdcompile.runtime.local import LocalExecutor
 from spdcompile.runtime.weights import checkpoint_tensors
+
+_Kind = TypeVar("_Kind", bound=Enum)
 
 
 class CompiledModel:
@@ -52,16 +56,18 @@ class CompiledModel:
         """The same model with other sync points dropped; weights and compiled blocks are shared.
 
         Args:
-            spd_mask: as in `compile`; a Plan must have this model's tp and head groups.
+            spd_mask: as in `compile`; a Plan must have this model's tp and head groups, and
+                brings its own router setting.
 
         Raises:
             UsageError, PlanError: the mask or plan does not fit.
             RefusalError: a sync point that cannot be dropped.
         """
         given = spd_mask if isinstance(spd_mask, Plan) else None
-        plan = make_plan(self.model, self.plan.tp, spd_mask, None)
+        plan = make_plan(self.model, self.plan.tp, spd_mask)
         if given is None:
-            plan = replace(plan, head_groups=self.plan.head_groups)
+            own = self.plan
+            plan = replace(plan, head_groups=own.head_groups, router=own.router)
         elif given.head_groups != self.plan.head_groups:
             raise PlanError(
                 "The plan has other head groups, so its shards are others.",
@@ -70,7 +76,7 @@ class CompiledModel:
                 fix="compile the model anew with this plan",
             )
         _agree_on(self.executor, plan, self.model)
-        lowering = pipeline.advance(self.base, pipeline.changing(plan.dropped))
+        lowering = pipeline.advance(self.base, pipeline.changing(plan.dropped, plan.router))
         executor = self.executor.with_program(lowering.program)
         return CompiledModel(self.base, lowering, executor, plan, self.model)
 
@@ -125,6 +131,7 @@ def compile(
     tp: int,
     spd_mask: Sequence[bool] | Plan | None = None,
     head_groups: Mapping[int, Sequence[Sequence[int]]] | None = None,
+    router: str | None = None,
     executor: str | None = None,
     backend: str = "inductor",
     device: torch.device | str | None = None,
@@ -138,6 +145,9 @@ def compile(
             2502.20727); or a Plan, which may drop MLP points too; None drops nothing, and the
             result equals the model's own up to rounding.
         head_groups: layer -> tp lists of head group units; other layers split evenly, in order.
+        router: what the router of a mixture of experts reads where a dropped sync point is
+            pending: "exact" (default) refuses such a drop; "replicated" lets it read the part of
+            the value that all ranks share, an approximation besides that of the drop.
         executor: "local" runs all ranks in this process, "distributed" is one rank of the process
             group that torchrun started; None chooses by WORLD_SIZE.
         backend: "inductor" compiles the distinct blocks, "eager" runs them operator by operator.
@@ -148,16 +158,16 @@ def compile(
         RefusalError: a sync point that cannot be dropped; names it and the reason.
         CaptureError: the model cannot be captured.
     """
-    chosen = _choice(Backend, backend, "backend")
+    chosen = choice(Backend, backend, "backend")
     distributed = _is_distributed(executor)
     check_tp(tp)
     if distributed:
         launch.check_world_size(tp, launch.launched_world_size())
     loaded = resolve_model(model, weights=True)
     tensors = checkpoint_tensors(loaded)
-    plan = make_plan(loaded, tp, spd_mask, head_groups)
+    plan = make_plan(loaded, tp, spd_mask, head_groups, router)
     base = pipeline.advance(pipeline.start(loaded), pipeline.preserving(plan.tp, plan.head_groups))
-    lowering = pipeline.advance(base, pipeline.changing(plan.dropped))
+    lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
     where = torch.device(device) if device is not None else loaded.device
     if distributed:
         group = launch.process_group(where)
@@ -174,20 +184,24 @@ def make_plan(
     model: PreTrainedModel,
     tp: int,
     spd_mask: Sequence[bool] | Plan | None,
-    head_groups: Mapping[int, Sequence[Sequence[int]]] | None,
+    head_groups: Mapping[int, Sequence[Sequence[int]]] | None = None,
+    router: str | None = None,
 ) -> Plan:
     """The plan that a call to `compile` describes.
 
     Raises:
-        UsageError: the mask does not fit the model.
+        UsageError: the mask does not fit the model, or there is no such router setting.
         PlanError: the plan was made for another tp or model.
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     if not isinstance(spd_mask, Plan):
         points = attention_points(spd_mask, num_layers)
-        return Plan(tp, num_layers, points, groups_of(head_groups or {}))
+        reads = Router.EXACT if router is None else choice(Router, router, "router")
+        return Plan(tp, num_layers, points, groups_of(head_groups or {}), router=reads)
     if head_groups is not None:
         raise UsageError("A Plan brings its own head groups.", where="head_groups")
+    if router is not None:
+        raise UsageError("A Plan brings its own router setting.", where="router")
     if (spd_mask.tp, spd_mask.num_layers) != (tp, num_layers):
         raise PlanError(
             "The plan was made for something else.",
@@ -223,7 +237,8 @@ def _is_distributed(executor: str | None) -> bool:
     return executor == "distributed"
 
 
-def _choice(kind: type[Backend], value: str, where: str) -> Backend:
+def choice(kind: type[_Kind], value: str, where: str) -> _Kind:
+    """The member of an enum that a setting names; raises UsageError if there is none."""
     names = [member.value for member in kind]
     if value not in names:
         raise UsageError(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spdcompile.api import CompiledModel, groups_of
+from spdcompile.api import CompiledModel, choice, groups_of
 from spdcompile.api import compile as compile_model
 from spdcompile.errors import UsageError
 from spdcompile.models import ModelSource, resolve_model
-from spdcompile.plan import Plan
+from spdcompile.plan import Plan, Router
 from spdcompile.runtime.calibrate import Sensitivity
 from spdcompile.runtime.calibrate import calibrate as run_calibration
 from spdcompile.runtime.data import chunks_of
@@ -39,6 +40,7 @@ def calibrate(
     *,
     tp: int,
     head_groups: Groups | None = None,
+    router: str | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> Sensitivity:
@@ -53,6 +55,7 @@ def calibrate(
         tokens: calibration chunks, int64 [chunks, length]; see `chunks_of`.
         tp: number of ranks; all of them run in this process.
         head_groups: layer -> tp lists of head group units.
+        router: as in `compile`; that of a compiled model if None.
         batch_size: chunks at a time.
         progress: whether to show a progress bar.
 
@@ -60,9 +63,14 @@ def calibrate(
         UsageError: tp, the tokens or the model do not fit.
         RefusalError: a block's attention point cannot be dropped.
     """
-    compiled = _undropped(model, tp, head_groups)
+    compiled = _undropped(model, tp, head_groups, router)
     return run_calibration(
-        compiled.base, _local(compiled), tokens, batch_size=batch_size, progress=progress
+        compiled.base,
+        _local(compiled),
+        tokens,
+        router=compiled.plan.router,
+        batch_size=batch_size,
+        progress=progress,
     )
 
 
@@ -73,6 +81,7 @@ def distill(
     tp: int,
     spd_mask: Sequence[bool] | Plan,
     head_groups: Groups | None = None,
+    router: str | None = None,
     settings: DistillSettings | None = None,
     progress: bool = True,
 ) -> Distilled:
@@ -83,6 +92,7 @@ def distill(
         tokens: calibration chunks, int64 [chunks, length]; see `chunks_of`.
         tp: number of ranks; all of them run in this process.
         spd_mask: what is dropped: one bool a decoder layer, or a Plan.
+        router: as in `compile`; that of a compiled model if None. A Plan brings its own.
         settings: how a block is trained.
 
     Returns: the new tensors; `.apply_to(model)` writes them into a model.
@@ -92,29 +102,44 @@ def distill(
         RefusalError: a sync point that cannot be dropped, or one whose block passes partial sums
             on to the next block, so that it has no output of its own to compare.
     """
-    groups = spd_mask.head_groups if isinstance(spd_mask, Plan) else head_groups
-    compiled = _undropped(model, tp, groups)
-    points = compiled.with_mask(spd_mask).plan.dropped
+    if isinstance(spd_mask, Plan):
+        if router is not None:
+            raise UsageError("A Plan brings its own router setting.", where="router")
+        head_groups = spd_mask.head_groups
+    compiled = _undropped(model, tp, head_groups, router)
+    plan = compiled.with_mask(spd_mask).plan
     return run_distillation(
         compiled.base,
         _local(compiled),
         tokens,
-        points=points,
+        points=plan.dropped,
+        router=plan.router,
         settings=settings,
         progress=progress,
     )
 
 
 def _undropped(
-    model: ModelSource | CompiledModel, tp: int, head_groups: Groups | None
+    model: ModelSource | CompiledModel,
+    tp: int,
+    head_groups: Groups | None,
+    router: str | None,
 ) -> CompiledModel:
     """The model with every sync point, all ranks in this process, eager unless given compiled."""
     if isinstance(model, CompiledModel):
         _check_fits(model, tp, head_groups)
-        return model.with_mask(None)
+        reads = model.plan.router if router is None else choice(Router, router, "router")
+        return model.with_mask(replace(model.plan, dropped=frozenset(), router=reads))
     dtype = None if isinstance(model, PreTrainedModel) else torch.float32
     loaded = resolve_model(model, weights=True, dtype=dtype)
-    return compile_model(loaded, tp=tp, head_groups=head_groups, executor="local", backend="eager")
+    return compile_model(
+        loaded,
+        tp=tp,
+        head_groups=head_groups,
+        router=router,
+        executor="local",
+        backend="eager",
+    )
 
 
 def _check_fits(compiled: CompiledModel, tp: int, head_groups: Groups | None) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,15 @@ from spdcompile.errors import PlanError, UsageError
 Point = tuple[int, str]
 HeadGroups = Mapping[int, tuple[tuple[int, ...], ...]]
 _FORMAT = "spdcompile-plan-1"
+
+
+class Router(Enum):
+    """What the router of a mixture of experts reads where a dropped sync point is pending."""
+
+    EXACT = "exact"
+    """The whole sum; a drop that would take it away is refused."""
+    REPLICATED = "replicated"
+    """The part of the value that all ranks share, without what is pending: an approximation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +36,7 @@ class Plan:
         dropped: (layer, "attn" or "mlp") of each dropped sync point.
         head_groups: layer -> per rank, ids of its head group units; other layers split evenly.
         measured: what calibration or distillation measured, as JSON data.
+        router: what routers read where a dropped sync point is pending.
     """
 
     tp: int
@@ -33,6 +44,7 @@ class Plan:
     dropped: frozenset[Point] = frozenset()
     head_groups: HeadGroups = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
+    router: Router = Router.EXACT
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON data."""
@@ -45,6 +57,7 @@ class Plan:
                 str(layer): [list(units) for units in groups]
                 for layer, groups in sorted(self.head_groups.items())
             },
+            "router": self.router.value,
             "measured": dict(self.measured),
         }
 
@@ -69,6 +82,8 @@ class Plan:
                     for layer, ranks in groups.items()
                 },
                 measured=dict(data["measured"]),
+                # Plans written before there was this setting have no such entry.
+                router=Router(data.get("router", Router.EXACT.value)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(

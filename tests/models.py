@@ -117,7 +117,7 @@ def tiny(
     config = AutoConfig.for_model(_CONFIGS[family][0], **settings)
     with torch.random.fork_rng(devices=[]):  # Hugging Face initialises from the global generator
         model = AutoModelForCausalLM.from_config(config)
-    _randomise(model, torch.Generator().manual_seed(seed), weight_std=hidden**-0.5)
+    randomise(model, torch.Generator().manual_seed(seed), weight_std=hidden**-0.5)
     return model.to(dtype).eval()
 
 
@@ -161,7 +161,7 @@ def _settings(family: str, sizes: dict[str, int], kv_heads: int | None) -> dict[
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel, generator: torch.Generator, *, weight_std: float) -> None:
+def randomise(model: PreTrainedModel, generator: torch.Generator, *, weight_std: float) -> None:
     """Overwrite every parameter; tied ones stay tied because the change is in place.
 
     A matrix of std hidden**-0.5 maps normed activations to activations of std about 1, so attention

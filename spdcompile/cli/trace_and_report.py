@@ -21,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="POINTS",
         help="further sync points to drop: 3.mlp,4-6.attn",
     )
+    parser.add_argument(
+        "--router",
+        choices=("exact", "replicated"),
+        default="exact",
+        help="what the router of a mixture of experts reads where a dropped sync point is pending:"
+        " exact (default) refuses the drop; replicated approximates by what all ranks share",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON; - is stdout")
     parser.add_argument(
         "--print",

@@ -19,6 +19,7 @@ from spdcompile.passes.capture import decoder_layers
 from spdcompile.passes.drop import PointName
 from spdcompile.passes.pipeline import Lowering
 from spdcompile.passes.printer import print_program
+from spdcompile.plan import Router
 from spdcompile.report import Report, build_report, describe_model, diff_blocks
 from spdcompile.report.build import pass_reports, refusal_reports
 from spdcompile.report.text import passes_table, refusals_table, render_model
@@ -64,9 +65,10 @@ def _lower(
 
     Returns: the program before the last pass that ran, and everything after it.
     """
+    changing = pipeline.changing(points, Router(arguments.router))
     lowering = pipeline.start(model)
     before = lowering.program
-    for step in (None, *pipeline.preserving(arguments.tp, {}), *pipeline.changing(points)):
+    for step in (None, *pipeline.preserving(arguments.tp, {}), *changing):
         if step is not None:
             before = lowering.program
             lowering = pipeline.advance(lowering, (step,))

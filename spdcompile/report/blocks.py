@@ -12,7 +12,7 @@ from spdcompile.report.data import BlockReport, LinearReport, PointReport, Point
 from spdcompile.report.spans import name_layers, spans
 
 _LAST = "it is the last one: no later sync point would sum what is pending"
-_Facts = tuple[tuple[RegionReport, ...], tuple[PointReport, ...], tuple[str, ...]]
+_Facts = tuple[tuple[RegionReport, ...], tuple[PointReport, ...], tuple[str, ...], tuple[str, ...]]
 
 
 def block_reports(program: Program) -> tuple[BlockReport, ...]:
@@ -56,11 +56,12 @@ def merged_points(program: Program, part: Part) -> Iterator[tuple[str, str]]:
 
 
 def _facts(program: Program, part: Part) -> _Facts:
-    regions = program.graph_of(part).regions
+    block = program.graph_of(part)
     return (
-        tuple(_region(part, region) for region in regions),
+        tuple(_region(part, region) for region in block.regions),
         tuple(_points(program, part)),
         tuple(_whole(part)),
+        tuple(within_block(router, program.layers) for router in block.routers),
     )
 
 

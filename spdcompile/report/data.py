@@ -99,6 +99,8 @@ class BlockReport:
         layers: their layers; none for the prelude and the postlude.
         name: "layers 0-31", "prelude" or "postlude".
         whole: parameters with two dims or more that every rank holds whole, relative to the block.
+        routers: modules that choose or weigh experts by the replicated part of a value alone,
+            relative to the block.
     """
 
     name: str
@@ -106,6 +108,7 @@ class BlockReport:
     regions: tuple[RegionReport, ...]
     sync_points: tuple[PointReport, ...]
     whole: tuple[str, ...]
+    routers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

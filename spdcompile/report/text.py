@@ -22,6 +22,7 @@ def render(report: Report) -> str:
         f"Split over {report.tp} ranks": regions_table(report),
         "Whole on every rank": whole_table(report),
         "Sync points": points_table(report),
+        "Approximated: these read only what all ranks share": routers_table(report),
         "Collectives in one forward pass": collectives_table(report),
         "Parameters": parameters_table(report),
         "Refused": refusals_table(report.refusals),
@@ -62,6 +63,16 @@ def whole_table(report: Report) -> str:
         if block.whole
     ]
     return _table(_grouped(rows), ["layers", "parameters"], [_LAYERS_WIDTH, _WHOLE_WIDTH])
+
+
+def routers_table(report: Report) -> str:
+    """The modules that choose or weigh experts without what is pending."""
+    rows = [
+        (block.layers or block.name, (", ".join(block.routers),))
+        for block in report.blocks
+        if block.routers
+    ]
+    return _table(_grouped(rows), ["layers", "routers"], [_LAYERS_WIDTH, _WHOLE_WIDTH])
 
 
 def _region_row(region: RegionReport) -> tuple[str, ...]:

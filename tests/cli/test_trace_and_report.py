@@ -165,11 +165,23 @@ def test_points_behind_a_norm_cannot_be_dropped(trace: Command) -> None:
     assert lines_with(table, "0-2", "attn", "cannot be dropped", "post_attention_layernorm acts on")
 
 
-def test_experts_are_named_as_whole(trace: Command) -> None:
+def test_experts_are_split_and_their_router_is_whole(trace: Command) -> None:
     out = trace("mixtral").out
-    assert "mlp.experts.gate_up_proj" in section(out, "Whole on every rank")
+    assert "mlp.experts.gate_up_proj" in section(out, "Split over 4 ranks")
+    assert "mlp.gate.weight" in section(out, "Whole on every rank")
     assert lines_with(section(out, "Refused"), "0-2", "mlp.gate", "its channels form one unit")
     assert lines_with(section(out, "Sync points"), "attn", "cannot be dropped", "mlp.gate chooses")
+
+
+def test_router_setting_lets_a_mixture_of_experts_drop_and_is_reported(trace: Command) -> None:
+    refused = trace("mixtral", "--spd-mask", "0-1")
+    assert refused.code == 2
+    assert "router='replicated'" in refused.err
+    out = trace("mixtral", "--spd-mask", "0-1", "--router", "replicated").out
+    assert lines_with(section(out, "Sync points"), "0-1", "attn", "dropped")
+    approximated = section(out, "Approximated: these read only what all ranks share")
+    assert lines_with(approximated, "0-1", "mlp.gate")
+    assert lines_with(section(out, "Collectives in one forward pass"), "after the drop", "4")
 
 
 def test_own_attention_is_reported(trace: Command) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import spdcompile
-from spdcompile import Plan
+from spdcompile import Plan, Router
 from spdcompile.errors import SpdCompileError
 from tests.models import left_padded, tiny, token_ids
 
@@ -32,12 +32,13 @@ class Case(NamedTuple):
     dropped: frozenset[tuple[int, str]]
     backend: str = "eager"
     lengths: tuple[int, ...] = (9,)
+    router: Router = Router.EXACT
 
     def model(self) -> PreTrainedModel:
         return tiny(self.family, layers=2, hidden=32, heads=4, intermediate=50, vocab=VOCAB)
 
     def plan(self) -> Plan:
-        return Plan(tp=TP, num_layers=2, dropped=self.dropped)
+        return Plan(tp=TP, num_layers=2, dropped=self.dropped, router=self.router)
 
     def run(self, executor: str) -> list[Tensor]:
         """The logits of one left-padded batch a length."""
@@ -58,6 +59,7 @@ CASES = {
     "llama, attn dropped": Case("llama", ATTENTION),
     "opt, attn and mlp dropped": Case("opt", RUN),
     "phi3, attn and mlp dropped": Case("phi3", RUN),
+    "mixtral, attn dropped": Case("mixtral", ALL_ATTENTION, router=Router.REPLICATED),
     "llama, inductor, attn dropped": Case("llama", ALL_ATTENTION, "inductor", (9, 5)),
 }
 
