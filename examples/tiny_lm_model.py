@@ -15,14 +15,30 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 END_OF_TEXT = "<|endoftext|>"
 CHUNK = 512
+BALANCE = 0.01  # weight of the loss that spreads tokens over the experts
+
+FAMILIES = {
+    "llama": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8},
+    "mixtral": {
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "intermediate_size": 256,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
+}
+"""Family -> settings of its tiny model: a plain one, and a mixture of experts."""
 
 
 def train_tokenizer(work: Path, vocab: int) -> PreTrainedTokenizerFast:
@@ -63,15 +79,14 @@ def float32_attention(
     return out.to(value.dtype).transpose(1, 2).contiguous(), None
 
 
-def make_model(vocab: int, end_id: int, seed: int) -> LlamaForCausalLM:
-    """Freshly initialised model: 8 layers, 8 heads (no grouped queries), hidden size 256."""
+def make_model(family: str, vocab: int, end_id: int, seed: int) -> PreTrainedModel:
+    """Freshly initialised model of a family of FAMILIES: 8 heads, no grouped queries."""
     torch.manual_seed(seed)
     AttentionInterface.register("float32_attention", float32_attention)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
+        **FAMILIES[family],
         vocab_size=vocab,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=8,
         max_position_embeddings=1024,
@@ -79,32 +94,44 @@ def make_model(vocab: int, end_id: int, seed: int) -> LlamaForCausalLM:
         bos_token_id=end_id,
         eos_token_id=end_id,
         pad_token_id=end_id,
-        attn_implementation="float32_attention",
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="float32_attention")
 
 
-def make_loss(model: LlamaForCausalLM, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Mean next-token loss of a batch of windows, in bfloat16 autocast."""
+def make_loss(model: PreTrainedModel, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Mean next-token loss of a batch of windows, in bfloat16 autocast; with experts, balanced."""
+    num_experts = getattr(model.config, "num_local_experts", None)
+    extra = {"output_router_logits": True} if num_experts else {}
 
     def loss(windows: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(input_ids=windows[:, :-1], use_cache=False).last_hidden_state
-            logits = model.lm_head(hidden)
-        return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+            out = model.model(input_ids=windows[:, :-1], use_cache=False, **extra)
+            logits = model.lm_head(out.last_hidden_state)
+        total = F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+        if num_experts:
+            chosen = model.config.num_experts_per_tok
+            total += BALANCE * load_balancing_loss_func(out.router_logits, num_experts, chosen)
+        return total
 
-    return torch.compile(loss, dynamic=False) if compiled else loss
+    return torch.compile(loss, dynamic=False) if compiled and not num_experts else loss
 
 
 def make_optimizers(
-    model: LlamaForCausalLM, muon_lr: float, adam_lr: float, weight_decay: float
+    model: PreTrainedModel, muon_lr: float, adam_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for embedding and norms."""
+    """Muon for the matrices inside the layers, AdamW for embedding, norms and stacked experts.
+
+    The stacked experts take a tenth of AdamW's rate: theirs are matrices, too.
+    """
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "layers." not in n]
+    stacked = [p for p in model.parameters() if p.ndim == 3]
+    others = [
+        p for n, p in model.named_parameters() if p.ndim < 2 or (p.ndim == 2 and "layers." not in n)
+    ]
+    groups = [{"params": others}, *([{"params": stacked, "lr": adam_lr / 10}] if stacked else [])]
     optimizers = [
         torch.optim.Muon(hidden, lr=muon_lr, momentum=0.95, weight_decay=weight_decay),
-        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW(groups, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -113,7 +140,7 @@ def make_optimizers(
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, ids: np.ndarray, chunks: int | None = None) -> float:
+def perplexity(model: PreTrainedModel, ids: np.ndarray, chunks: int | None = None) -> float:
     """Perplexity over contiguous chunks of 512 tokens (GPTQ protocol: 511 predictions each)."""
     total = len(ids) // CHUNK if chunks is None else min(chunks, len(ids) // CHUNK)
     losses = []
@@ -129,12 +156,12 @@ def perplexity(model: LlamaForCausalLM, ids: np.ndarray, chunks: int | None = No
 
 
 def export(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, work: Path, out: Path
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, work: Path, out: Path
 ) -> None:
     """Write the bfloat16 checkpoint folder; files are prepared aside, then moved into place."""
     aside = work / "export"
     shutil.rmtree(aside, ignore_errors=True)
-    copy = LlamaForCausalLM(model.config)
+    copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     end_id = tokenizer.eos_token_id
     copy.generation_config = GenerationConfig(

@@ -1,6 +1,7 @@
-"""Train the tiny Llama that the examples and tests split over ranks.
+"""Train the tiny Llama that the examples and tests split over ranks, or one of another family.
 
     python examples/train_tiny_lm.py --work /tmp/tinylm --minutes 63
+    python examples/train_tiny_lm.py --work /tmp/tinylm --family mixtral --minutes 15
 
 One CPU thread is enough.  The corpus comes from Debian packages (see ``tiny_lm_corpus.py``); the
 tokenizer is a byte-level BPE trained on it; hidden matrices are trained with Muon, everything
@@ -23,6 +24,7 @@ from tiny_lm_corpus import build_corpus
 from tiny_lm_model import (
     CHUNK,
     END_OF_TEXT,
+    FAMILIES,
     export,
     make_loss,
     make_model,
@@ -30,7 +32,7 @@ from tiny_lm_model import (
     perplexity,
     train_tokenizer,
 )
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SHORT = 256  # window length of the first 80% of the run: attention is half as dear
 
@@ -43,7 +45,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--work", type=Path, default=Path("/tmp/tinylm"), help="corpus and training state"
     )
-    parser.add_argument("--out", type=Path, default=Path("examples/models/tiny-llama"))
+    parser.add_argument("--family", choices=FAMILIES, default="llama")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="default: examples/models/tiny-llama, or WORK/FAMILY"
+    )
     parser.add_argument(
         "--minutes", type=float, default=60.0, help="training time the decay is stretched over"
     )
@@ -63,7 +68,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    bundled = Path("examples/models/tiny-llama")
+    args.out = args.out or (bundled if args.family == "llama" else args.work / args.family)
+    return args
+
+
+def state_file(args: argparse.Namespace) -> Path:
+    """Where a run keeps its state; runs of several families can share one corpus."""
+    return args.work / ("state.pt" if args.family == "llama" else f"state-{args.family}.pt")
 
 
 def encode_split(work: Path, tokenizer: PreTrainedTokenizerFast, split: str) -> np.ndarray:
@@ -112,11 +125,11 @@ class Trainer:
         self.args, self.tokenizer = args, tokenizer
         self.tokens = encode_split(args.work, tokenizer, "train")
         self.validation = encode_split(args.work, tokenizer, "calibration")
-        self.model = make_model(len(tokenizer), tokenizer.eos_token_id, args.seed)
+        self.model = make_model(args.family, len(tokenizer), tokenizer.eos_token_id, args.seed)
         self.optimizers = make_optimizers(self.model, args.muon_lr, args.adam_lr, args.weight_decay)
         self.loss = make_loss(self.model, not args.no_compile)
         self.step, self.seconds = 0, 0.0
-        self.state_path = args.work / "state.pt"
+        self.state_path = state_file(args)
         if self.state_path.exists():
             self.resume()
 
@@ -212,7 +225,7 @@ def main() -> None:
     )
     trainer.run()
     export(trainer.model, tokenizer, args.work, args.out)
-    exported = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
+    exported = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
     facts = {
         "steps": trainer.step,
         "tokens_seen": trainer.step * args.batch * CHUNK,
@@ -223,7 +236,7 @@ def main() -> None:
         "calibration_perplexity": perplexity(exported, trainer.validation),
         "sources": sources,
     }
-    (args.work / "facts.json").write_text(json.dumps(facts, indent=1))
+    state_file(args).with_suffix(".facts.json").write_text(json.dumps(facts, indent=1))
     print(json.dumps(facts, indent=1), flush=True)
 
 
