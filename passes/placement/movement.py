@@ -256,7 +256,7 @@ def placement_of(owners: Tensor, like: Layout) -> Shard | Replicate | None:
 
 
 MOVES = (
-    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default),
+    *(aten.reshape.default, aten.expand.default),
     *(aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.flatten.using_ints),
     *(aten.unflatten.int, aten.contiguous.default, aten.clone.default, aten.alias.default),
@@ -268,7 +268,7 @@ MOVES = (
 )
 # Operators with the result's sizes as second argument.
 _SIZED = (
-    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default),
+    *(aten.reshape.default, aten.expand.default),
     *(aten.broadcast_to.default,),
 )
 # Operators that put one element in several places.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spdcompile.passes.placement.channels import Channels
-from spdcompile.passes.placement.types import Call, P, Partial, Placed, R, Replicate, placed
+from spdcompile.passes.placement.types import Call, Placed, R, Replicate, placed
 
 aten = torch.ops.aten
 
@@ -43,36 +43,6 @@ class LookUp(Source):
         return merged
 
 
-class Pick(Source):
-    """Rule of `index`: elements chosen by whole indices, as rows of tokens are for their experts.
-
-    Whatever is chosen of the ranks' partial sums adds up to what is chosen of their sum.
-    """
-
-    def follow(self, call: Call, channels: Channels) -> Tensor | None:
-        """Rows may be chosen at will; anything but rows by one index unites all there is."""
-        source, *indices = call.operands()
-        rows_only = len(indices) == 1 and call.args[1][0] is not None
-        merged = None
-        if source.ids is not None:
-            dims = (0,) if rows_only else tuple(range(source.ids.dim()))
-            united = channels.merge_along(source.ids, dims)
-            kept = united.shape[1:] if rows_only else ()
-            merged = united.reshape(kept).expand(call.out_shape)
-        for index in indices:
-            if index.ids is not None:
-                whole = channels.merge_along(index.ids, tuple(range(index.ids.dim())))
-                merged = channels.merge(merged, whole.reshape(()).expand(call.out_shape))
-        return merged
-
-    def place(self, call: Call) -> Placed | None:
-        """The source may be a partial sum."""
-        source, *indices = call.operands()
-        if not all(isinstance(index.placement, Replicate) for index in indices):
-            return None
-        return {Replicate: placed(R), Partial: placed(P)}.get(type(source.placement))
-
-
 RULES = {
     op: Source()
     for op in (
@@ -87,4 +57,3 @@ RULES = {
 LIKE = (aten.new_ones.default, aten.new_zeros.default, aten.new_full.default)
 RULES.update({op: Source() for op in LIKE})
 RULES[aten.embedding.default] = LookUp()
-RULES[aten.index.Tensor] = Pick()

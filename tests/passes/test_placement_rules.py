@@ -164,7 +164,7 @@ class _Whole(MatMul):
         ),
         (_Whole(transposed=True), aten.linear.default, lambda b, s: (x(b, s, 6), x(4, 6))),
         (MatMul(), aten.linear.default, lambda b, s: (x(b, s, 6), x(6, 6))),
-        (_Unlocalized(), aten.view.default, lambda b, s: (x(b, s, 12), [b, s, 4, 3])),
+        (_Unlocalized(), aten.reshape.default, lambda b, s: (x(b, s, 12), [b, s, 4, 3])),
         (_Unlocalized(), aten.slice.Tensor, lambda b, s: (x(b, s, 12), 2, 0, 6)),
     ],
 )
