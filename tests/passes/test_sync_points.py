@@ -12,10 +12,11 @@ from torch import Tensor, fx
 
 from spdcompile.errors import RefusalError
 from spdcompile.passes.base import Program
-from spdcompile.passes.drop import refusal_of
+from spdcompile.passes.drop import Drop, refusal_of
 from spdcompile.passes.ops import SYNC
 from spdcompile.passes.placement import RULES
 from spdcompile.passes.placement.types import R
+from spdcompile.plan import Router
 from tests.compare import rel_err
 from tests.passes.graphs import (
     CHANNELS,
@@ -132,16 +133,51 @@ def test_norm_between_partial_sum_and_residual_stream_is_refused() -> None:
         dropped(lowered, "mlp")
 
 
-def test_router_that_reads_a_dropped_sum_is_refused() -> None:
-    block = Block()
-    hidden = block.add(block.x, block.mlp(block.x, "a"))
-    scores = block.call(aten.relu.default, hidden)
+def _routed(block: Block, read: fx.Node, hidden: fx.Node) -> Program:
+    """hidden + w * b(hidden), w being the largest entry of relu(read)."""
+    scores = block.call(aten.relu.default, read)
     chosen = block.call(aten.argmax.default, scores, -1, True, at="router")
     weight = block.call(aten.gather.default, scores, -1, chosen)
     experts = block.call(aten.mul.Tensor, block.mlp(hidden, "b"), weight)
-    lowered = synced(block.program(block.add(hidden, experts)))
-    with pytest.raises(RefusalError, match=r"router chooses .* would differ between the ranks"):
+    return block.program(block.add(hidden, experts))
+
+
+def test_router_that_reads_a_dropped_sum_is_refused() -> None:
+    block = Block()
+    hidden = block.add(block.x, block.mlp(block.x, "a"))
+    lowered = synced(_routed(block, hidden, hidden))
+    reason = r"router chooses .* would differ between the ranks.*router='replicated'"
+    with pytest.raises(RefusalError, match=reason):
         dropped(lowered, "mlp")
+
+
+def test_router_of_the_replicated_part_chooses_and_weighs_alike_on_all_ranks() -> None:
+    """y = x + sum(P_i + w Z_i(x + P_i)), w being the largest entry of relu(x)."""
+    block = Block()
+    hidden = block.add(block.x, block.mlp(block.x, "a"))
+    program = _routed(block, hidden, hidden)
+    lowered = Drop(frozenset({(0, "mlp")}), Router.REPLICATED)(synced(program)).program
+    data = values(program)
+    p = torch.stack(_partials(data["x"], data, "a"))
+    z = torch.stack(_partials(data["x"] + p, data, "b"))
+    weight = F.relu(data["x"]).amax(-1, keepdim=True)
+    expected = data["x"] + (p + weight * z).sum(0)
+    assert rel_err(run(lowered, data), expected) < BOUND
+    own_weight = F.relu(data["x"] + p).amax(-1, keepdim=True)
+    assert rel_err(data["x"] + (p + own_weight * z).sum(0), expected) > 1e-3
+    # What the ranks would have chosen by themselves is not computed.
+    assert len(calls(lowered, aten.argmax.default)) == 1
+    assert len(calls(lowered, aten.gather.default)) == 1
+
+
+def test_router_of_a_partial_sum_alone_is_refused_under_both_settings() -> None:
+    block = Block()
+    partial = block.mlp(block.x, "a")
+    lowered = synced(_routed(block, partial, block.add(block.x, partial)))
+    reason = "a is a partial sum alone: no part of it is replicated"
+    for router in Router:
+        with pytest.raises(RefusalError, match=reason):
+            Drop(frozenset({(0, "mlp")}), router)(lowered)
 
 
 def test_value_of_the_stream_that_depends_on_the_rank_is_refused() -> None:
