@@ -13,9 +13,14 @@ from spdcompile.passes.placement import (
     along,
     attention,
     contraction,
+    convolution,
+    einsum,
     indexing,
     movement,
+    pairs,
     pointwise,
+    rearranging,
+    reductions,
     source,
 )
 from spdcompile.passes.placement.channels import Channels
@@ -45,10 +50,15 @@ def _merge(*tables: Mapping[Any, Rule]) -> dict[Any, Rule]:
 
 RULES = _merge(
     pointwise.RULES,
+    pairs.RULES,
     along.RULES,
+    reductions.RULES,
     contraction.RULES,
-    indexing.RULES,
+    convolution.RULES,
+    einsum.RULES,
     attention.RULES,
     movement.RULES,
+    rearranging.RULES,
+    indexing.RULES,
     source.RULES,
 )

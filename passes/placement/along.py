@@ -90,10 +90,8 @@ def _normalized(call: Call) -> tuple[int, ...]:
 RULES = {
     aten.softmax.int: Along(_argument),
     aten._softmax.default: Along(_argument),
-    aten.cumsum.default: Along(_argument),
     aten.layer_norm.default: Along(_normalized),
     aten.rms_norm.default: Along(_normalized),
-    aten.mean.dim: Along(_argument, reduces=True),
     aten.amax.default: Along(_argument, reduces=True),
     aten.std.dim: Along(_argument, reduces=True),
     aten.sum.dim_IntList: Along(_argument, reduces=True, additive=True),

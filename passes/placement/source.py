@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from spdcompile.passes.placement.channels import Channels
-from spdcompile.passes.placement.types import Call, Placed, R, Replicate, placed
+from spdcompile.passes.placement.types import (
+    Call,
+    Partial,
+    Placed,
+    R,
+    Replicate,
+    Shard,
+    placed,
+)
 
 aten = torch.ops.aten
 
@@ -43,17 +51,56 @@ class LookUp(Source):
         return merged
 
 
+@dataclass(frozen=True, slots=True)
+class Given(Source):
+    """Rule of an operator that reads only the dtype of its operand: its sizes are given."""
+
+    def place(self, call: Call) -> Placed | None:
+        """Sizes that are given hold for all ranks, so the result does."""
+        return placed(R)
+
+
+@dataclass(frozen=True, slots=True)
+class Like(Source):
+    """Rule of an operator that reads only the shape of its operand."""
+
+    def place(self, call: Call) -> Placed | None:
+        """A rank makes its share."""
+        placement = call.operands()[0].placement
+        return None if isinstance(placement, Partial) else placed(placement)
+
+
+@dataclass(frozen=True, slots=True)
+class Size(Source):
+    """Rule of the size of a dim."""
+
+    def place(self, call: Call) -> Placed | None:
+        """A rank knows the whole size of every dim but the split one."""
+        operand, dim = call.args
+        shard = operand.placement
+        split = isinstance(shard, Shard) and shard.dim == dim % len(operand.shape)
+        return None if split else placed(R)
+
+
 RULES = {
     op: Source()
     for op in (
         *(aten.arange.default, aten.arange.start, aten.arange.start_step),
         *(aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format),
-        *(aten.scalar_tensor.default, aten.sym_size.int),
+        *(aten.scalar_tensor.default, aten.eye.default, aten.eye.m, aten.linspace.default),
         *(operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg),
         *(operator.eq, operator.ge, operator.gt, operator.le, operator.lt),
     )
 }
-# Shaped like their operand, but holding none of its data.
-LIKE = (aten.new_ones.default, aten.new_zeros.default, aten.new_full.default)
-RULES.update({op: Source() for op in LIKE})
+GIVEN = (
+    *(aten.new_ones.default, aten.new_zeros.default, aten.new_full.default),
+    *(aten.new_empty.default,),
+)
+LIKE = (
+    *(aten.ones_like.default, aten.zeros_like.default, aten.full_like.default),
+    *(aten.empty_like.default,),
+)
+RULES.update({op: Given() for op in GIVEN})
+RULES.update({op: Like() for op in LIKE})
+RULES[aten.sym_size.int] = Size()
 RULES[aten.embedding.default] = LookUp()

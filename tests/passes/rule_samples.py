@@ -75,24 +75,35 @@ _FUNCTIONS = (
     *(aten.reciprocal.default, aten.expm1.default),
     *(aten.erf.default, aten.softplus.default, aten.floor.default, aten.hardtanh.default),
     *(aten.leaky_relu.default, aten.elu.default, aten.mish.default, aten.relu6.default),
+    *(aten.log_sigmoid.default, aten.sign.default, aten.ceil.default, aten.round.default),
+    *(aten.trunc.default, aten.exp2.default, aten.hardsigmoid.default),
+    *(aten.hardswish.default, aten.celu.default, aten.selu.default),
 )
-_OF_POSITIVE = (*(aten.rsqrt.default, aten.sqrt.default, aten.log.default, aten.log1p.default),)
+_OF_POSITIVE = (
+    *(aten.rsqrt.default, aten.sqrt.default, aten.log.default, aten.log1p.default),
+    *(aten.log2.default,),
+)
 _WITH_NUMBER = (
     *(aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar),
     *(aten.pow.Tensor_Scalar, aten.remainder.Scalar, aten.rsub.Scalar),
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
     *(aten.mul.Scalar, aten.div.Scalar, aten.clamp.default),
+    *(aten.add.Scalar, aten.sub.Scalar, aten.fmod.Scalar, aten.floor_divide.Scalar),
+    *(aten.clamp_min.default, aten.clamp_max.default),
 )
 _OF_TWO = (
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor),
     *(aten.maximum.default, aten.minimum.default),
     *(aten.floor_divide.default, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor),
-    *(aten.ge.Tensor,),
+    *(aten.ge.Tensor, aten.clamp.Tensor, aten.clamp_min.Tensor, aten.clamp_max.Tensor),
+    *(aten.remainder.Tensor, aten.fmod.Tensor, aten.atan2.default, aten.rsub.Tensor),
 )
 _OF_TWO_INTEGERS = (
     *(aten.__and__.Tensor, aten.__or__.Tensor, aten.bitwise_and.Tensor),
-    *(aten.bitwise_or.Tensor, aten.logical_and.default, aten.eq.Tensor, aten.ne.Tensor),
+    *(aten.bitwise_or.Tensor, aten.bitwise_xor.Tensor, aten.logical_and.default),
+    *(aten.logical_or.default, aten.logical_xor.default, aten.eq.Tensor, aten.ne.Tensor),
 )
+_WITH_INTEGER = (*(aten.eq.Scalar, aten.ne.Scalar, aten.bitwise_and.Scalar, aten.__and__.Scalar),)
 _CASTS = {
     aten.to.dtype: ((torch.float32,), {}),
     aten.to.device: ((torch.device("cpu"), torch.float32), {}),
@@ -104,7 +115,7 @@ POINTWISE = (
     *(Sample(op, lambda b, s: (x(b, s, 6),)) for op in _FUNCTIONS),
     *(Sample(op, lambda b, s: (x(b, s, 6).exp(),)) for op in _OF_POSITIVE),
     *(Sample(op, lambda b, s: (x(b, s, 4, 6), 2)) for op in _WITH_NUMBER),
-    *(Sample(op, lambda b, s: (i(b, s, 6), 2)) for op in (aten.eq.Scalar, aten.ne.Scalar)),
+    *(Sample(op, lambda b, s: (i(b, s, 6), 2)) for op in _WITH_INTEGER),
     *(Sample(op, lambda b, s: (x(b, s, 4, 6), x(b, s, 4, 6))) for op in _OF_TWO),
     *(Sample(op, lambda b, s: (x(b, s, 4, 6), x(6))) for op in _OF_TWO),
     *(Sample(op, lambda b, s: (x(b, 1, 1, 6), x(b, s, 4, 1))) for op in _OF_TWO),
@@ -130,6 +141,17 @@ POINTWISE = (
     Sample(aten.where.self, lambda b, s: (m(4, 1), x(b, s, 1, 6), x())),
     Sample(aten.where.ScalarOther, lambda b, s: (m(b, s, 6), x(4, 1, 1, 6), 2.0)),
     Sample(aten.where.ScalarSelf, lambda b, s: (m(s, 6), 2.0, x(b, s, 6))),
+    Sample(aten.where.Scalar, lambda b, s: (m(b, s, 6), 2.0, 3.0)),
+    # A zero is filled into an unreduced sum on each rank.
+    Sample(aten.masked_fill.Scalar, lambda b, s: (x(b, 4, s, 6), m(b, 1, s, 6), 0)),
+    Sample(aten.where.ScalarOther, lambda b, s: (m(b, s, 6), x(4, 1, 1, 6), 0.0)),
+    Sample(aten.where.ScalarSelf, lambda b, s: (m(s, 6), 0.0, x(b, s, 6))),
+    Sample(aten.erfinv.default, lambda b, s: (x(b, s, 6).tanh(),)),
+    Sample(aten.lerp.Scalar, lambda b, s: (x(b, s, 4, 6), x(6), 0.3)),
+    Sample(aten.clamp.Tensor, lambda b, s: (x(b, s, 6), x(6) - 1, x(6) + 1)),
+    Sample(aten.clamp.Tensor, lambda b, s: (x(b, s, 6), None, x(6))),
+    Sample(aten.div.Tensor_mode, lambda b, s: (x(b, s, 6), x(6)), {"rounding_mode": "trunc"}),
+    Sample(aten.div.Scalar_mode, lambda b, s: (x(b, s, 6), 2), {"rounding_mode": "floor"}),
 )
 
 ALONG = (
@@ -237,6 +259,19 @@ SOURCE = (
     Sample(aten.new_ones.default, lambda b, s: (x(b, s, 6), [4, 6])),
     Sample(aten.new_zeros.default, lambda b, s: (x(b, s, 6), [4, 6])),
     Sample(aten.new_full.default, lambda b, s: (x(b, s, 6), [4, 6], 2.0)),
+    Sample(aten.new_empty.default, lambda b, s: (x(b, s, 6), [b, 6]), kernel=aten.new_zeros),
+    *(
+        Sample(op, lambda b, s: (x(b, s, 4, 6),), kernel=kernel)
+        for op, kernel in (
+            (aten.ones_like.default, None),
+            (aten.zeros_like.default, None),
+            (aten.empty_like.default, aten.zeros_like),
+        )
+    ),
+    Sample(aten.full_like.default, lambda b, s: (x(b, s, 6), 2.0)),
+    Sample(aten.eye.default, lambda b, s: (6,)),
+    Sample(aten.eye.m, lambda b, s: (4, 6)),
+    Sample(aten.linspace.default, lambda b, s: (0.0, 1.0, 6)),
 )
 
 # Rules without a sample -> why.
@@ -244,7 +279,7 @@ EXEMPT = {
     **dict.fromkeys((operator.add, operator.sub, operator.mul, operator.floordiv), "on sizes only"),
     **dict.fromkeys((operator.eq, operator.ge, operator.gt, operator.le), "on sizes only"),
     **dict.fromkeys((operator.lt, operator.neg), "on sizes only"),
-    aten.sym_size.int: "yields a size",
+    aten.sym_size.int: "yields a size; test_size_of_a_split_dim_is_refused",
     aten.empty.memory_format: "yields no defined value",
     operator.getitem: "takes a list of results; tested with the operators that yield one",
 }

@@ -26,6 +26,7 @@ from tests.passes.channel_dependence import Followed, dependence, follow, num_co
 from tests.passes.indexing_samples import INDEXING
 from tests.passes.missing_answers import MISSING
 from tests.passes.movement_samples import MOVEMENT
+from tests.passes.reduction_samples import CHOICES, MORE
 from tests.passes.rule_samples import (
     ALONG,
     ATTENTIONS,
@@ -41,9 +42,13 @@ from tests.passes.sample import Sample
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
-SAMPLES = (*POINTWISE, *ALONG, *CONTRACTION, *ATTENTIONS, *SOURCE, *MOVEMENT, *INDEXING)
+SAMPLES = (*POINTWISE, *ALONG, *CONTRACTION, *ATTENTIONS, *SOURCE, *MOVEMENT, *INDEXING, *MORE)
 # Followed as wholes, coarser than what depends on what: heads, experts, entries chosen by data.
-_UNITED = (ATTENTION, _SDPA, aten.embedding.default, GROUPED_MM, *indexing.RULES)
+# Or not at all: what is chosen by.
+_UNITED = (
+    *(ATTENTION, _SDPA, aten.embedding.default, GROUPED_MM, *indexing.RULES),
+    *(aten.argmax.default, aten.argmin.default, *(sample.target for sample in CHOICES)),
+)
 _EXACT = [sample for sample in SAMPLES if sample.target not in _UNITED]
 every_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
 
