@@ -38,7 +38,8 @@ def carries(
 
 
 def _is_whole(node: fx.Node) -> bool:
-    return node.op == "placeholder" or node.meta.get("placement") == R
+    placement = node.meta.get("placement")  # before placements are known, inputs are whole
+    return placement == R or (placement is None and node.op == "placeholder")
 
 
 def is_size(node: fx.Node) -> bool:
