@@ -202,6 +202,7 @@ class Positions(enum.Enum):
 
     ARANGE = "arange"
     FROM_MASK = "cumulative sum of the attention mask"
+    FROM_IDS = "made in the graph, from the ids; none can be given"
 
 
 @dataclass(frozen=True, slots=True)

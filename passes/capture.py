@@ -18,7 +18,15 @@ from spdcompile.passes.attention_interface import (
     own_attention,
     take_mask_from_input,
 )
-from spdcompile.passes.base import BlockGraph, ParamRef, Part, PassResult, Program, Refusal
+from spdcompile.passes.base import (
+    BlockGraph,
+    ParamRef,
+    Part,
+    PassResult,
+    Positions,
+    Program,
+    Refusal,
+)
 from spdcompile.passes.export import INPUTS, Exported, export
 from spdcompile.passes.patches import patched_for_export
 from spdcompile.passes.positions import default_positions_of
@@ -73,24 +81,25 @@ def _program(model: PreTrainedModel) -> Program:
     """The exported graph as a program of one part, parameters under their state_dict names."""
     path, layers = decoder_layers(model)
     positions = default_positions_of(model, layers)
-    exported = _exported(_Captured(model, positions is not None), model)
+    given = positions in (Positions.ARANGE, Positions.FROM_MASK)
+    exported = _exported(_Captured(model, takes_positions=given), model)
     module = fx.GraphModule({}, exported.program.graph_module.graph)
     inputs = {node.name: node for node in module.graph.find_nodes(op="placeholder")}
     params, constants = _params(exported.program, inputs)
-    given = [name for name in inputs if name not in params]
+    names = [name for name in inputs if name not in params]
     take_mask_from_input(module.graph, inputs[INPUTS[1]])
     part = Part(
         name="model",
         layer=None,
         graph="model",
         params=params,
-        inputs={name: name for name in given},
+        inputs={name: name for name in names},
         outputs=("logits",),
     )
     return Program(
         graphs={"model": BlockGraph(module)},
         parts=(part,),
-        inputs=tuple(given),
+        inputs=tuple(names),
         output="logits",
         layers=path,
         positions=positions,

@@ -91,6 +91,8 @@ def _max_length(exported: ExportedProgram) -> int | None:
     ids = next(node for node in exported.graph.nodes if node.name == INPUTS[0])
     batch, length = (size.node.expr for size in ids.meta["val"].shape)
     bound = exported.range_constraints[length]
+    if bound.lower > 2:  # torch takes 2 for granted, and 1 behaves like it but for layouts
+        raise _refusal(sympy.Ge(length, bound.lower))
     longest = int(bound.upper) if bound.upper.is_Integer else None
     for condition in _conditions(exported.graph):
         if condition.free_symbols - {batch, length}:

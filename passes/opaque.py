@@ -55,18 +55,24 @@ def function_as_operator(function: Callable[..., Any], name: str) -> Callable[..
             of which the first is wanted: the others become None.
     """
 
-    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         return _call(function, name, "", [], (args, kwargs))
 
     return call
 
 
-def method_as_operator(method: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """As `function_as_operator`, of a method that reads the parameters of its module."""
+def method_as_operator(
+    method: Callable[..., Any], name: str, where: Callable[[nn.Module], bool]
+) -> Callable[..., Any]:
+    """As `function_as_operator`, of a method that reads the parameters of its module.
 
-    @functools.wraps(method)
+    Args:
+        where: whether a module's method is to be an operator; the others' stays what it is.
+    """
+
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not where(module):
+            return method(module, *args, **kwargs)
         skeleton = _Method(_without_data(module), method)
         state = [*module.parameters(), *module.buffers()]
         names = [name for name, _ in (*skeleton.named_parameters(), *skeleton.named_buffers())]

@@ -16,35 +16,47 @@ from spdcompile.errors import CaptureError
 from spdcompile.passes._torch import FakeTensorMode, TorchDispatchMode, pytree
 from spdcompile.passes.base import Positions
 
+aten = torch.ops.aten
+
 
 class _StopProbeError(Exception):
     """Raised at the first decoder layer: what the probe wants to see lies before it."""
 
 
-class _Taint(TorchDispatchMode):
-    """Follows one tensor through the operators, to see whether it chooses embedding rows."""
+_LOOKUPS = {aten.embedding.default, aten.cos.default, aten.sin.default, aten.polar.default}
 
-    def __init__(self, source: Tensor) -> None:
+
+class _Counting(TorchDispatchMode):
+    """Follows tensors through the operators, to see which are counted to number the tokens.
+
+    Args:
+        sources: the tensors to follow, by name.
+    """
+
+    def __init__(self, **sources: Tensor) -> None:
         super().__init__()
-        self._tainted = [source]
-        self.chooses_embeddings = False
+        self._followed = [(tensor, name, False) for name, tensor in sources.items()]
+        self.counted: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
-        if any(leaf is tainted for leaf in leaves for tainted in self._tainted):
-            self._tainted.extend(pytree.tree_leaves(out))
-            if func is torch.ops.aten.embedding.default:
-                self.chooses_embeddings = True
+        for tensor, name, is_count in list(self._followed):
+            if any(leaf is tensor for leaf in leaves):
+                counts = is_count or func is aten.cumsum.default
+                self._followed += [(result, name, counts) for result in pytree.tree_leaves(out)]
+                if counts and func in _LOOKUPS:
+                    self.counted.add(name)
         return out
 
 
 def default_positions_of(model: PreTrainedModel, layers: nn.ModuleList) -> Positions | None:
     """How the model numbers the tokens when it is called with ids and a mask alone.
 
-    OPT and its relatives count the attended tokens; the others count from 0, padding or not.
-    Found by running the model, on tensors without data, up to its first decoder layer.
+    OPT and its relatives count the attended tokens; RoBERTa's count the ids that are no padding;
+    the others count from 0, padding or not. Found by running the model, on tensors without data,
+    up to its first decoder layer.
 
     Returns: None if the model takes no position ids.
 
@@ -61,12 +73,14 @@ def default_positions_of(model: PreTrainedModel, layers: nn.ModuleList) -> Posit
         ids = torch.ones_like(mask)
         tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in named}
     call = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    taint = _Taint(mask)
+    counting = _Counting(mask=mask, ids=ids)
     try:
-        with _stopping_at(layers[0]), fake, taint, torch.no_grad():
+        with _stopping_at(layers[0]), fake, counting, torch.no_grad():
             torch.func.functional_call(model, tensors, kwargs=call)
     except _StopProbeError:
-        return Positions.FROM_MASK if taint.chooses_embeddings else Positions.ARANGE
+        if "ids" in counting.counted:
+            return Positions.FROM_IDS
+        return Positions.FROM_MASK if "mask" in counting.counted else Positions.ARANGE
     except Exception as error:
         raise CaptureError(
             "Cannot tell how the model numbers its tokens.",

@@ -25,6 +25,13 @@ def program_inputs(
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     _check_ids("attention_mask", mask, input_ids)
     mask = mask.to(torch.long)
+    if position_ids is not None and program.positions is Positions.FROM_IDS:
+        raise UsageError(
+            "The model numbers its tokens itself.",
+            where="position_ids",
+            found="position ids",
+            needed="none: its program counts the ids that are no padding",
+        )
     if position_ids is None:
         position_ids = _positions(program, input_ids, mask)
     _check_ids("position_ids", position_ids, input_ids)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from spdcompile.passes.opaque import function_as_operator, method_as_operator
 from spdcompile.passes.patches.replaced import Replacement, replaced
-from spdcompile.passes.patches.table import OPAQUE_FUNCTIONS, OPAQUE_METHODS, PREPARED, REWRITTEN
+from spdcompile.passes.patches.table import (
+    OPAQUE_FUNCTIONS,
+    OPAQUE_METHODS,
+    OPAQUE_STATIC_METHODS,
+    PREPARED,
+    REWRITTEN,
+)
 
 
 @contextmanager
@@ -30,9 +38,16 @@ def _replacements(model: PreTrainedModel) -> Iterator[Replacement]:
         for function in vars(code).keys() & OPAQUE_FUNCTIONS:
             yield code, function, function_as_operator(getattr(code, function), function)
     for kind in kinds:
-        for method in vars(kind):
-            path = f"{kind.__qualname__}.{method}"
-            if path in OPAQUE_METHODS:
-                yield kind, method, method_as_operator(vars(kind)[method], path)
-            elif path in REWRITTEN:
-                yield kind, method, REWRITTEN[path]
+        for name, method in vars(kind).items():
+            path = f"{kind.__qualname__}.{name}"
+            if instead := _instead_of(path, method):
+                yield kind, name, instead
+
+
+def _instead_of(path: str, method: Any) -> Callable[..., Any] | None:
+    if path in OPAQUE_STATIC_METHODS:
+        call = function_as_operator(functools.partial(method, None), path)
+        return lambda _, *args, **kwargs: call(*args, **kwargs)
+    if path in OPAQUE_METHODS:
+        return method_as_operator(method, path, where=OPAQUE_METHODS[path])
+    return REWRITTEN.get(path)

@@ -16,11 +16,17 @@ OPAQUE_FUNCTIONS = {
     "chunk_kimi_delta_attention",  # Kimi Linear, Bailing
     "rwkv_linear_attention",
 }
-# Methods that loop over tokens or blocks of them, and read their module.
-OPAQUE_METHODS = {
+# Methods that loop or choose as functions do: they read nothing of their module.
+OPAQUE_STATIC_METHODS = {
     "RecurrentGemmaRglru._rnn_scan",
-    "MiniMaxLightningAttention.forward",
-    "xLSTMBackend.forward",
+    "DogeAttention.prepare_dynamic_mask",  # chooses the best keys of an input that has too many
+}
+# Methods that read their module -> for which modules they are opaque.
+OPAQUE_METHODS: Mapping[str, Callable[[Any], bool]] = {
+    "MiniMaxLightningAttention.forward": lambda module: True,
+    "xLSTMBackend.forward": lambda module: True,
+    # Keys of an input that is long enough to have some are summed up in further keys.
+    "DeepseekV4Attention.forward": lambda module: module.compressor is not None,
 }
 # Methods that are written anew, computing the same.
 REWRITTEN: Mapping[str, Callable[..., Any]] = {
