@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import spdcompile
+from spdcompile.api import make_plan
 from spdcompile.errors import CaptureError, SpdCompileError, UsageError
 from spdcompile.passes import pipeline
 from spdcompile.report.data import PointState, Report
+from spdcompile.runtime.executor import Backend
+from spdcompile.runtime.local import LocalExecutor
+from spdcompile.runtime.weights import checkpoint_tensors
 from tests.compare import rel_err
 from tests.zoo.models import build, left_padded, token_ids
 from tests.zoo.rows import Reason, Row, Run, Share, Structure
@@ -101,43 +106,58 @@ def measure(entry: str, tps: tuple[int, ...]) -> Row:
     except Exception as error:
         seconds = time.perf_counter() - began
         return Row(entry, name, stage, text_of(error), seconds=seconds)
-    structure, runs, stage, failure = None, [], "", ""
-    for tp in tps:
-        try:
-            compiled = spdcompile.compile(model, tp=tp, backend="eager", executor="local")
-        except CaptureError as error:
-            stage, failure = "capture", text_of(error)
-            break
-        except Exception as error:
-            runs.append(Run(tp, failure=text_of(error), refused=isinstance(error, UsageError)))
-            stage, failure = _stage_of(error, model)
-            continue
-        structure = structure or describe(compiled)
-        runs.append(run_of(compiled, tp, references))
-    if structure is not None:
-        stage, failure = "", ""
+    outcome = _attempt(model, tps, references)
     repeat = references.repeat()
-    return Row(
-        entry,
-        name,
-        stage,
-        failure,
-        structure,
-        tuple(runs),
-        references.padding,
-        repeat,
-        control,
-        time.perf_counter() - began,
+    seconds = time.perf_counter() - began
+    return replace(
+        outcome,
+        entry=entry,
+        model=name,
+        padding=references.padding,
+        repeat=repeat,
+        control=control,
+        seconds=seconds,
     )
 
 
-def _stage_of(error: Exception, model: PreTrainedModel) -> tuple[str, str]:
-    """Whether capture alone fails too, and the text of what stands in the way."""
+def _attempt(model: PreTrainedModel, tps: tuple[int, ...], references: References) -> Row:
+    """The outcome of each tp, as the part of a row that it determines."""
     try:
-        pipeline.start(model)
-    except Exception as earlier:
-        return "capture", text_of(earlier)
-    return "compile", text_of(error)
+        captured = pipeline.start(model)
+    except Exception as error:
+        return Row("", stage="capture", failure=text_of(error))
+    structure, runs = None, []
+    for tp in tps:
+        try:
+            compiled = compile_captured(captured, model, tp)
+            structure = structure or describe(compiled)
+        except Exception as error:
+            refused = isinstance(error, UsageError)
+            runs.append(Run(tp, failure=text_of(error), refused=refused))
+        else:
+            runs.append(run_of(compiled, tp, references))
+    if structure is None:
+        return Row("", stage="compile", failure=runs[0].failure, runs=tuple(runs))
+    return Row("", structure=structure, runs=tuple(runs))
+
+
+def compile_captured(
+    captured: pipeline.Lowering, model: PreTrainedModel, tp: int
+) -> spdcompile.CompiledModel:
+    """What `spdcompile.compile` makes, from a capture that serves every tp.
+
+    Raises:
+        UsageError: the model cannot be split over so many ranks.
+        SpdCompileError: a pass failed.
+    """
+    plan = make_plan(model, tp, None, None)
+    base = pipeline.advance(captured, pipeline.preserving(tp, plan.head_groups))
+    lowering = pipeline.advance(base, pipeline.changing(plan.dropped))
+    tensors = checkpoint_tensors(model)
+    runner = LocalExecutor(
+        lowering.program, tensors, backend=Backend.EAGER, device=torch.device("cpu")
+    )
+    return spdcompile.CompiledModel(base, lowering, runner, plan, model)
 
 
 def run_of(compiled: spdcompile.CompiledModel, tp: int, references: References) -> Run:
