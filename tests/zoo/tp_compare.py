@@ -1,0 +1,241 @@
+"""How transformers' tensor-parallel plans cut the weights of a model, and how the compiler does.
+
+A plan maps patterns of module names to styles. The compiler never reads it, so it is an outside
+witness: where both cut a weight, the ranks should hold the same rows or columns of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import torch
+from torch import fx
+from transformers import PreTrainedModel
+
+from spdcompile.passes import pipeline
+from spdcompile.passes.base import ParamRef, Part, Program, Refusal, module_path
+from spdcompile.passes.projections import projection_of
+from tests.zoo.table import generic
+
+TP = 2
+
+
+class Side(StrEnum):
+    """Which features of a weight are cut."""
+
+    COLUMNS = "columns"
+    ROWS = "rows"
+    WHOLE = "whole"
+
+
+class Kind(StrEnum):
+    """How two decisions about one weight compare."""
+
+    SAME = "the same on both sides"
+    OURS = "ours splits, theirs does not"
+    THEIRS = "theirs splits, ours does not"
+    OPPOSITE = "one splits by columns, the other by rows"
+    INDICES = "split along the same dim, other indices on a rank"
+    GATHERED = "split along the same dim, but theirs gathers what it makes or cuts what it reads"
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """What a style of transformers does to a parameter in the forward pass.
+
+    Args:
+        dim: the dim that it cuts, counted from the end; None if every rank holds the whole.
+        parts: stretches of equal length that are cut each by itself.
+        gathers: the activation at the cut side is whole on every rank outside of the module.
+    """
+
+    dim: int | None = None
+    parts: int = 1
+    gathers: bool = False
+
+
+STYLES: Mapping[str, Style] = {
+    "colwise": Style(-2),
+    "colwise_gather_output": Style(-2, gathers=True),
+    "packed_colwise": Style(-2, parts=2),
+    "rowwise": Style(-1),
+    "rowwise_split_input": Style(-1, gathers=True),
+    "packed_rowwise": Style(-1, parts=2),
+    "embedding_rowwise": Style(-2),
+    "embedding_colwise": Style(-1),
+    "replicate": Style(),
+    "replicated_with_grad_allreduce": Style(),
+    "mla_kv_a_proj": Style(),
+    "all_reduce": Style(),
+    "moe_tp_experts": Style(),
+    "moe_identity_expert": Style(),
+    "local_params": Style(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How a weight lies on the ranks.
+
+    Args:
+        held: per rank, the indices that it holds along the split dim; none if it holds all.
+    """
+
+    side: Side = Side.WHOLE
+    held: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight that the program contracts with or looks up in, or one that the plan names itself.
+
+    Args:
+        module: its name without ".weight", with a star for each number.
+        style: of the plan, or "" where the plan does not name it.
+        region: name of the part and of the region that it was found in, or "".
+        words: why the compiler keeps it whole, or "".
+    """
+
+    module: str
+    style: str
+    theirs: Decision
+    ours: Decision
+    region: str = ""
+    words: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        """How the two decisions compare."""
+        theirs, ours = self.theirs, self.ours
+        if Side.WHOLE in (theirs.side, ours.side):
+            if theirs.side == ours.side:
+                return Kind.SAME
+            return Kind.OURS if theirs.side is Side.WHOLE else Kind.THEIRS
+        if theirs.side != ours.side:
+            return Kind.OPPOSITE
+        if STYLES[self.style].gathers:
+            return Kind.GATHERED
+        return Kind.SAME if theirs.held == ours.held else Kind.INDICES
+
+
+def generic_name(name: str) -> str:
+    """A name with a star for each number, as plans write it."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def style_of(parameter: str, plan: Mapping[str, str]) -> str:
+    """The style of a parameter: its own or, but for a bias, that of its module; "" if none."""
+    name = generic_name(parameter)
+    module, _, leaf = name.rpartition(".")
+    return plan.get(name, "" if leaf == "bias" else plan.get(module, ""))
+
+
+def idle_rules(model: PreTrainedModel) -> list[str]:
+    """The patterns of a model's plan that name nothing in it."""
+    names = [name for name, _ in model.named_modules()]
+    names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return sorted(set(model.tp_plan) - set(map(generic_name, names)))
+
+
+def weights_of(model: PreTrainedModel) -> list[Weight]:
+    """The weights of a model with both decisions, in the order of the program.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        KeyError: the plan has a style that is not in `STYLES`.
+    """
+    return list(_Comparison(model).weights())
+
+
+class _Comparison:
+    """Both decisions about every weight of one model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        lowering = pipeline.start(model)
+        stages: dict[str, Program] = {}
+        for step in pipeline.preserving(TP, {}):
+            lowering = pipeline.advance(lowering, (step,))
+            stages[step.name] = lowering.program
+        self.plan = model.tp_plan
+        self.split, self.regions, self.last = stages["split"], stages["regions"], lowering.program
+        self.refusals = [r for record in lowering.records for r in record.refusals]
+        self.names: dict[str, list[str]] = {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name, parameter in parameters.items():
+            self.names[name] = [n for n, other in parameters.items() if other is parameter]
+
+    def weights(self) -> Iterator[Weight]:
+        for early, late in zip(self.split.parts, self.last.parts, strict=True):
+            graph = self.split.graph_of(early).module.graph
+            found = {name: dims for name, dims in _readers(graph, frozenset(early.params))}
+            for name, ref in early.params.items():
+                if ref.constant or ref.fqn not in self.names:
+                    continue
+                reader, out_dim = found.get(name, (None, max(len(ref.shape) - 2, 0)))
+                fqn = self._name(ref, reader)
+                own = generic_name(fqn) in self.plan
+                if reader is not None or own or (len(ref.shape) > 1 and style_of(fqn, self.plan)):
+                    yield self._weight(late, name, fqn, out_dim)
+
+    def _name(self, ref: ParamRef, reader: fx.Node | None) -> str:
+        """The name, among those of a tied parameter, of the module that reads it."""
+        path = module_path(reader) if reader is not None else ""
+        names = self.names[ref.fqn]
+        return next((name for name in names if name.rpartition(".")[0] == path), ref.fqn)
+
+    def _weight(self, part: Part, name: str, fqn: str, out_dim: int) -> Weight:
+        ref = part.params[name]
+        style = style_of(fqn, self.plan)
+        shape = ref.shape[::-1] if ref.transposed else ref.shape
+        flipped = 1 - out_dim if ref.transposed else out_dim
+        theirs = _theirs(STYLES[style] if style else Style(), shape, flipped)
+        ours = _ours(part, name, out_dim)
+        regions = self.regions.graph_of(part).regions
+        region = next((r.name for r in regions if name in (*r.columns, *r.rows)), "")
+        words = self._words(part, fqn, region) if ours.side is Side.WHOLE else ""
+        place = f"{part.graph} {region}" if region else ""
+        module = generic_name(fqn).removesuffix(".weight")
+        return Weight(module, style, theirs, ours, place, generic(words))
+
+    def _words(self, part: Part, fqn: str, region: str) -> str:
+        """What the compiler says of a weight that stays whole, or of the region that it was in."""
+
+        def concerns(refusal: Refusal) -> bool:
+            subjects = [generic_name(subject) for subject in refusal.subject.split(", ")]
+            return generic_name(fqn.removesuffix(".weight")) in subjects or region in subjects
+
+        found = [r.reason for r in self.refusals if r.graph == part.graph and concerns(r)]
+        return "; ".join(dict.fromkeys(found))
+
+
+def _readers(graph: fx.Graph, params: frozenset[str]) -> Iterator[tuple[str, tuple[fx.Node, int]]]:
+    """The weights that are contracted with or looked up in, each with a reader and its out dim."""
+    for node in graph.nodes:
+        projection = projection_of(node, params)
+        if projection is not None:
+            yield projection.weight.name, (node, projection.out_dim)
+        elif node.target is torch.ops.aten.embedding.default and node.args[0].name in params:
+            yield node.args[0].name, (node, 1)
+
+
+def _theirs(style: Style, shape: tuple[int, ...], out_dim: int) -> Decision:
+    if style.dim is None:
+        return Decision()
+    dim = max(len(shape) + style.dim, 0)
+    stretches = np.arange(shape[dim]).reshape(style.parts, -1)
+    held = [chunk.reshape(-1) for chunk in np.array_split(stretches, TP, axis=1)]
+    return _decision(dim, out_dim, held)
+
+
+def _ours(part: Part, name: str, out_dim: int) -> Decision:
+    spec = part.shards.get(name)
+    return Decision() if spec is None else _decision(spec.dim, out_dim, spec.index)
+
+
+def _decision(dim: int, out_dim: int, held: Iterator[np.ndarray] | np.ndarray | list) -> Decision:
+    side = Side.COLUMNS if dim == out_dim else Side.ROWS
+    return Decision(side, tuple(tuple(map(int, indices)) for indices in held))
