@@ -71,10 +71,19 @@ class Channels:
         self.unite(ids, most.expand_as(ids))
         return most
 
-    def note_hubs(self, ids: Tensor | None) -> None:
-        """Remembers channels that an operator hands to several others at once."""
-        if ids is not None:
-            self.hubs |= set(ids[ids >= 0].unique().tolist())
+    def note_hubs(self, ids: Tensor | None, *, tied: bool = False) -> None:
+        """Remembers channels that an operator hands to several others at once.
+
+        Args:
+            tied: whether with them go all those that they are united with so far.
+        """
+        if ids is None:
+            return
+        found = ids[ids >= 0].unique().numpy()
+        if tied:
+            classes = self.classes()
+            found = np.flatnonzero(np.isin(classes, classes[found]))
+        self.hubs |= set(found.tolist())
 
     def classes(self) -> np.ndarray:
         """Class of each id that is not shared with another class, int [count]."""

@@ -42,7 +42,7 @@ class Movement:
         if all(operand.ids is None for operand in operands):
             return None
         if call.target in _REPEATS:
-            channels.note_hubs(operands[0].ids)
+            channels.note_hubs(operands[0].ids, tied=True)
         return _move(call, [no_ids(o.shape) if o.ids is None else o.ids for o in operands])
 
     def place(self, call: Call) -> Placed | None:
