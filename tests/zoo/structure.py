@@ -172,12 +172,14 @@ class _Survey:
             return Kind.ATTENTION if Kind.ATTENTION in after else Kind.RECURRENT
         if self.part.layer is None:
             return Kind.OUTSIDE
-        return Kind.EXPERTS if len(ref.shape) > 2 else Kind.MLP
+        seen_as = [_operand_of(reader, weight).meta["val"] for reader in self.readers[weight]]
+        return Kind.EXPERTS if any(value.dim() > 2 for value in seen_as) else Kind.MLP
 
     def _state(self, weight: fx.Node, ref: ParamRef) -> State:
         readers = self.readers[weight]
         # A rank that takes its share of a whole parameter computes no more than its share.
-        if all(isinstance(_share_of(reader, weight), Shard) for reader in readers):
+        operands = [_operand_of(reader, weight) for reader in readers]
+        if all(isinstance(operand.meta["placement"], Shard) for operand in operands):
             return State.SPLIT
         if min(ref.shape[-2:]) < SMALL:
             return State.SMALL
@@ -237,15 +239,15 @@ def _reached(starts: Iterable[fx.Node], until: set[fx.Node]) -> Iterator[fx.Node
                     stack.append(user)
 
 
-def _share_of(reader: fx.Node, weight: fx.Node) -> object:
-    """Placement of the operand through which a node reads a parameter."""
+def _operand_of(reader: fx.Node, weight: fx.Node) -> fx.Node:
+    """The operand through which a node reads a parameter."""
     for operand in reader.all_input_nodes:
         source = operand
         while source is not weight and source.op == "call_function" and _name(source) in _MOVES:
             source = source.all_input_nodes[0]
         if source is weight:
-            return operand.meta["placement"]
-    return None
+            return operand
+    raise AssertionError(f"{reader} does not read {weight}")
 
 
 def _is_length(value: fx.Node, dim: int) -> bool:
