@@ -7,8 +7,8 @@ witness: where both cut a weight, the ranks should hold the same rows or columns
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import ParamRef, Part, Program, Refusal, module_path
+from spdcompile.passes.ops import GATHER
 from spdcompile.passes.projections import projection_of
 from tests.zoo.table import generic
 
@@ -40,7 +41,7 @@ class Kind(StrEnum):
     THEIRS = "theirs splits, ours does not"
     OPPOSITE = "one splits by columns, the other by rows"
     INDICES = "split along the same dim, other indices on a rank"
-    GATHERED = "split along the same dim, but theirs gathers what it makes or cuts what it reads"
+    GATHERED = "split along the same dim, but theirs makes or reads the activation whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Style:
     Args:
         dim: the dim that it cuts, counted from the end; None if every rank holds the whole.
         parts: stretches of equal length that are cut each by itself.
-        gathers: the activation at the cut side is whole on every rank outside of the module.
+        gathers: outside of the module, every rank has the whole activation at the cut side.
     """
 
     dim: int | None = None
@@ -83,10 +84,12 @@ class Decision:
 
     Args:
         held: per rank, the indices that it holds along the split dim; none if it holds all.
+        gathers: as in `Style`.
     """
 
     side: Side = Side.WHOLE
     held: tuple[tuple[int, ...], ...] = ()
+    gathers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +99,10 @@ class Weight:
     Args:
         module: its name without ".weight", with a star for each number.
         style: of the plan, or "" where the plan does not name it.
-        region: name of the part and of the region that it was found in, or "".
+        region: graph and name of the region that it was found in, or "".
         words: why the compiler keeps it whole, or "".
+        sums: what else than regions the compiler sums over the ranks in its block.
+        left_out: theirs splits no weight of its region.
     """
 
     module: str
@@ -106,6 +111,13 @@ class Weight:
     ours: Decision
     region: str = ""
     words: str = ""
+    sums: str = ""
+    left_out: bool = True
+
+    @property
+    def alike(self) -> bool:
+        """Whether the ranks hold the same indices on both sides."""
+        return self.theirs.held == self.ours.held
 
     @property
     def kind(self) -> Kind:
@@ -117,9 +129,9 @@ class Weight:
             return Kind.OURS if theirs.side is Side.WHOLE else Kind.THEIRS
         if theirs.side != ours.side:
             return Kind.OPPOSITE
-        if STYLES[self.style].gathers:
+        if theirs.gathers != ours.gathers:
             return Kind.GATHERED
-        return Kind.SAME if theirs.held == ours.held else Kind.INDICES
+        return Kind.SAME if self.alike else Kind.INDICES
 
 
 def generic_name(name: str) -> str:
@@ -148,7 +160,9 @@ def weights_of(model: PreTrainedModel) -> list[Weight]:
         CaptureError: the model cannot be captured.
         KeyError: the plan has a style that is not in `STYLES`.
     """
-    return list(_Comparison(model).weights())
+    found = list(_Comparison(model).weights())
+    reached = {weight.region for weight in found if weight.theirs.side is not Side.WHOLE}
+    return [replace(weight, left_out=weight.region not in reached) for weight in found]
 
 
 class _Comparison:
@@ -188,18 +202,37 @@ class _Comparison:
         return next((name for name in names if name.rpartition(".")[0] == path), ref.fqn)
 
     def _weight(self, part: Part, name: str, fqn: str, out_dim: int) -> Weight:
-        ref = part.params[name]
+        ref, block = part.params[name], self.last.graph_of(part)
         style = style_of(fqn, self.plan)
         shape = ref.shape[::-1] if ref.transposed else ref.shape
         flipped = 1 - out_dim if ref.transposed else out_dim
-        theirs = _theirs(STYLES[style] if style else Style(), shape, flipped)
-        ours = _ours(part, name, out_dim)
+        ours = self._ours(part, name, out_dim)
         regions = self.regions.graph_of(part).regions
         region = next((r.name for r in regions if name in (*r.columns, *r.rows)), "")
-        words = self._words(part, fqn, region) if ours.side is Side.WHOLE else ""
-        place = f"{part.graph} {region}" if region else ""
-        module = generic_name(fqn).removesuffix(".weight")
-        return Weight(module, style, theirs, ours, place, generic(words))
+        return Weight(
+            generic_name(fqn).removesuffix(".weight"),
+            style,
+            _theirs(STYLES[style] if style else Style(), shape, flipped),
+            ours,
+            f"{part.graph} {region}" if region else "",
+            self._words(part, fqn, region) if ours.side is Side.WHOLE else "",
+            ", ".join(sorted(set(block.partials) - {r.name for r in block.regions})),
+        )
+
+    def _ours(self, part: Part, name: str, out_dim: int) -> Decision:
+        """What the regions that were carried out say; a vector is cut along with them."""
+        spec = part.shards.get(name)
+        if spec is None:
+            return Decision()
+        block = self.last.graph_of(part)
+        side = _side(spec.dim, out_dim)
+        for region in block.regions:
+            named = {**dict.fromkeys(region.columns, Side.COLUMNS)}
+            named |= dict.fromkeys(region.rows, Side.ROWS)
+            if named.get(name, side) is not side:
+                raise AssertionError(f"{name} is cut along dim {spec.dim}, not by {named[name]}")
+        gathers = any(node.target is GATHER for node in block.module.graph.nodes)
+        return Decision(side, _indices(spec.index), gathers)
 
     def _words(self, part: Part, fqn: str, region: str) -> str:
         """What the compiler says of a weight that stays whole, or of the region that it was in."""
@@ -209,7 +242,7 @@ class _Comparison:
             return generic_name(fqn.removesuffix(".weight")) in subjects or region in subjects
 
         found = [r.reason for r in self.refusals if r.graph == part.graph and concerns(r)]
-        return "; ".join(dict.fromkeys(found))
+        return generic("; ".join(dict.fromkeys(found)))
 
 
 def _readers(graph: fx.Graph, params: frozenset[str]) -> Iterator[tuple[str, tuple[fx.Node, int]]]:
@@ -228,14 +261,12 @@ def _theirs(style: Style, shape: tuple[int, ...], out_dim: int) -> Decision:
     dim = max(len(shape) + style.dim, 0)
     stretches = np.arange(shape[dim]).reshape(style.parts, -1)
     held = [chunk.reshape(-1) for chunk in np.array_split(stretches, TP, axis=1)]
-    return _decision(dim, out_dim, held)
+    return Decision(_side(dim, out_dim), _indices(held), style.gathers)
 
 
-def _ours(part: Part, name: str, out_dim: int) -> Decision:
-    spec = part.shards.get(name)
-    return Decision() if spec is None else _decision(spec.dim, out_dim, spec.index)
+def _side(dim: int, out_dim: int) -> Side:
+    return Side.COLUMNS if dim == out_dim else Side.ROWS
 
 
-def _decision(dim: int, out_dim: int, held: Iterator[np.ndarray] | np.ndarray | list) -> Decision:
-    side = Side.COLUMNS if dim == out_dim else Side.ROWS
-    return Decision(side, tuple(tuple(map(int, indices)) for indices in held))
+def _indices(held: Iterable[np.ndarray]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(map(int, indices)) for indices in held)
