@@ -20,7 +20,11 @@ from spdcompile.passes.placement.types import P
 from spdcompile.passes.residual import ChoiceError, LeakError, Pending, Value
 
 aten = torch.ops.aten
-CHOOSES = (aten.topk.default, aten.sort.default, aten.argmax.default, aten.max.dim)
+CHOOSES = (
+    *(aten.topk.default, aten.kthvalue.default, aten.multinomial.default),
+    *(aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable),
+    *(aten.argmax.default, aten.argmin.default, aten.max.dim, aten.min.dim),
+)
 
 NodeMap = Callable[[fx.Node], fx.Node]
 

@@ -5,6 +5,8 @@ Everything is float64, so 1e-12 is the rounding of sums in another order and not
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -133,19 +135,22 @@ def test_norm_between_partial_sum_and_residual_stream_is_refused() -> None:
         dropped(lowered, "mlp")
 
 
-def _routed(block: Block, read: fx.Node, hidden: fx.Node) -> Program:
-    """hidden + w * b(hidden), w being the largest entry of relu(read)."""
+def _routed(
+    block: Block, read: fx.Node, hidden: fx.Node, choose: Any = aten.argmax.default
+) -> Program:
+    """hidden + w * b(hidden), w being the chosen, largest entry of relu(read)."""
     scores = block.call(aten.relu.default, read)
-    chosen = block.call(aten.argmax.default, scores, -1, True, at="router")
+    chosen = block.call(choose, scores, -1, True, at="router")
     weight = block.call(aten.gather.default, scores, -1, chosen)
     experts = block.call(aten.mul.Tensor, block.mlp(hidden, "b"), weight)
     return block.program(block.add(hidden, experts))
 
 
-def test_router_that_reads_a_dropped_sum_is_refused() -> None:
+@pytest.mark.parametrize("choose", (aten.argmax.default, aten.argsort.default))
+def test_router_that_reads_a_dropped_sum_is_refused(choose: Any) -> None:
     block = Block()
     hidden = block.add(block.x, block.mlp(block.x, "a"))
-    lowered = synced(_routed(block, hidden, hidden))
+    lowered = synced(_routed(block, hidden, hidden, choose))
     reason = r"router chooses .* would differ between the ranks.*router='replicated'"
     with pytest.raises(RefusalError, match=reason):
         dropped(lowered, "mlp")
