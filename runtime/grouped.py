@@ -101,7 +101,7 @@ def _save(ctx: Any, *inputs: Tensor) -> None:
 
 def _grouped_mm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, weight, ends = ctx.saved_tensors
-    needs_rows, needs_weight = ctx.needs_input_grad[1:3]
+    needs_rows, needs_weight, _ = ctx.needs_input_grad[-3:]
     return (
         GROUPED_MM(grad, weight.mT, ends) if needs_rows else None,
         GROUPED_OUTER(rows, grad, ends) if needs_weight else None,

@@ -203,11 +203,12 @@ def test_following_unites_no_more_than_the_operator_does(sample: Sample) -> None
 
 @every_sample
 def test_followed_ids_have_the_shape_of_the_result(sample: Sample) -> None:
+    channels = Channels()
     ids = {
-        index: torch.arange(tensor.numel()).view(tensor.shape)
+        index: channels.fresh(tensor.numel()).view(tensor.shape)
         for index, tensor in enumerate(sample.small())
     }
-    out = RULES[sample.target].follow(with_ids(sample.seen, ids), Channels())
+    out = RULES[sample.target].follow(with_ids(sample.seen, ids), channels)
     if isinstance(out, torch.Tensor):
         assert tuple(out.shape) == sample.seen.out_shape
 

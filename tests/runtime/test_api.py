@@ -69,13 +69,6 @@ def test_tp_that_is_no_number_of_ranks_is_refused(model: PreTrainedModel, tp: An
     assert text.startswith(f"tp={tp!r} is no number of ranks.")
 
 
-@pytest.mark.parametrize(("family", "units"), [("llama", 4), ("llama_gqa", 2)])
-def test_tp_above_the_units_is_refused(family: str, units: int) -> None:
-    text = _text_of(UsageError, lambda: _compile(tiny(family, **SIZES), tp=units + 1))
-    assert text.startswith(f"tp={units + 1} is more than this model can use.")
-    assert "layers.0.attn" in text and f"choose tp of at most {units}" in text
-
-
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

@@ -90,7 +90,9 @@ def complaints(rows: Sequence[Compared]) -> list[str]:
     found = [f"{row.entry}: {row.failure}" for row in rows if row.stage not in ("", "capture")]
     found += [text for row in rows for text in unexplained(row.entry, row.weights)]
     used = {r.text for row in rows for w in row.differences for r in reasons_for(w)}
-    return found + [f"no difference has the reason: {r.text}" for r in REASONS if r.text not in used]
+    return found + [
+        f"no difference has the reason: {r.text}" for r in REASONS if r.text not in used
+    ]
 
 
 def render(rows: Sequence[Compared], command: str) -> str:
@@ -194,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = row.failure or f"{len(row.differences)} differences"
         print(f"[{len(rows)}/{len(args.only)}] {row.entry}: {found}", flush=True)
     whole = set(args.only) == set(planned())
-    wrong = complaints(rows) if whole else [t for r in rows for t in unexplained(r.entry, r.weights)]
+    wrong = (
+        complaints(rows) if whole else [t for r in rows for t in unexplained(r.entry, r.weights)]
+    )
     print("\n".join(wrong) or "every difference has its reason", file=sys.stderr)
     print(f"{len(rows)} entries, {time.monotonic() - began:.0f} s")
     if args.write:

@@ -24,7 +24,8 @@ class Reason:
     def covers(self, weight: Weight) -> bool:
         """Whether a weight fits the pattern."""
         return weight.kind is self.kind and all(
-            re.fullmatch(pattern, str(getattr(weight, name))) for name, pattern in self.where.items()
+            re.fullmatch(pattern, str(getattr(weight, name)))
+            for name, pattern in self.where.items()
         )
 
 
