@@ -246,3 +246,13 @@ def test_passes_leave_their_input_as_it_was() -> None:
     dropped(first, "mlp")
     assert str(first.graphs["block"].module.graph) == text
     assert str(synced(program).graphs["block"].module.graph) == text
+
+
+def test_split_weight_reads_the_sum() -> None:
+    """A linear is linear in what it reads, but each rank has other rows of a split weight."""
+    block = Block()
+    program = block.program(block.add(block.x, block.mlp(block.mlp(block.x, "a"), "b")))
+    lowered, data = synced(program), values(program)
+    (first, _) = calls(lowered, SYNC)
+    assert [reader.target for reader in first.users] == [aten.linear.default]
+    assert rel_err(run(lowered, data), run_whole(program, data)) < BOUND
