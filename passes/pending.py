@@ -194,9 +194,11 @@ class PendingRewriter:
         return Pending(whole, partial, value.points, value.kept)
 
     def _expanded(self, whole: fx.Node, partial: fx.Node) -> fx.Node:
-        """R in the shape of P; a bias alone has fewer dims, the pieces of one are expanded."""
-        value = whole.meta["val"]
-        if isinstance(value, list | tuple) or len(value.shape) == len(partial.meta["val"].shape):
+        """R in the shape of P; a bias is smaller, the pieces of one are expanded."""
+        value, wanted = whole.meta["val"], partial.meta["val"]
+        if isinstance(value, list | tuple) or list(map(str, value.shape)) == list(
+            map(str, wanted.shape)
+        ):
             return whole
         args = (whole, partial)
         return add_call(self.new, aten.expand_as.default, args, partial.meta, placement=R)

@@ -237,6 +237,18 @@ def test_operator_without_a_rule_on_a_partial_sum_gets_the_sum(
         dropped(lowered, "mlp")
 
 
+def test_value_added_to_several_rows_of_a_partial_sum_is_carried_in_all_of_them() -> None:
+    """A bias [1, 1, H] meets a partial sum [1, 2, H]: summing its rows takes the bias twice."""
+    block = Block()
+    partial = block.mlp(block.x, "a")
+    rows = block.call(aten.cat.default, [partial, partial], 1)
+    biased = block.add(rows, block.param("bias", 1, 1, HIDDEN))
+    total = block.call(aten.sum.dim_IntList, biased, [1], True)
+    program = block.program(block.add(block.x, total))
+    data = values(program)
+    assert rel_err(run(synced(program), data), run_whole(program, data)) < BOUND
+
+
 def test_passes_leave_their_input_as_it_was() -> None:
     program = _two_in_a_row(bias=True)
     before = str(program.graphs["block"].module.graph)
