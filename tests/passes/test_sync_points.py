@@ -241,7 +241,7 @@ def test_value_added_to_several_rows_of_a_partial_sum_is_carried_in_all_of_them(
     """A bias [1, 1, H] meets a partial sum [1, 2, H]: summing its rows takes the bias twice."""
     block = Block()
     partial = block.mlp(block.x, "a")
-    rows = block.call(aten.cat.default, [partial, partial], 1)
+    rows = block.call(aten.expand.default, partial, [1, 2, HIDDEN])
     biased = block.add(rows, block.param("bias", 1, 1, HIDDEN))
     total = block.call(aten.sum.dim_IntList, biased, [1], True)
     program = block.program(block.add(block.x, total))
