@@ -50,15 +50,15 @@ def _call_backward_fake(grad: Tensor, tensors: list[Tensor], code: str) -> list[
     return [x.new_empty(x.shape) for x in tensors if x.is_floating_point()]
 
 
-def _save(ctx: Any, tensors: list[Tensor], code: str, *_: Any) -> None:
+def _save(ctx: Any, tensors: list[Tensor], code: str, shape: list[int], _: Any) -> None:
     ctx.save_for_backward(*tensors)
-    ctx.code = code
+    ctx.code, ctx.no_shape = code, [None] * len(shape)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grads = iter(CALL_BACKWARD(grad, list(ctx.saved_tensors), ctx.code))
     by_input = [next(grads) if x.is_floating_point() else None for x in ctx.saved_tensors]
-    return by_input, None, None, None
+    return by_input, None, ctx.no_shape, None
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
