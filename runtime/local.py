@@ -16,6 +16,7 @@ from spdcompile.passes.base import Part
 from spdcompile.passes.ops import SYNC
 from spdcompile.passes.placement.types import P, Shard
 from spdcompile.passes.verify import count_sync_nodes
+from spdcompile.runtime.convolution import CONVOLUTION_REPLACEMENTS
 from spdcompile.runtime.executor import Executor, Function, on_device
 from spdcompile.runtime.indexing import INDEXING_REPLACEMENTS
 from spdcompile.runtime.ops import VMAP_REPLACEMENTS
@@ -89,6 +90,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 _REPLACEMENTS = {
     **VMAP_REPLACEMENTS,
     **INDEXING_REPLACEMENTS,
+    **CONVOLUTION_REPLACEMENTS,
     torch.ops.aten.sym_size.int: _size,
     torch.ops.aten.linear.default: _linear,
 }
