@@ -32,6 +32,13 @@ _NAMES = {
     aten.clip.default: aten.clamp.default,
 }
 
+_NEW = {
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_full.default: aten.full.default,
+    aten.new_empty.default: aten.empty.memory_format,
+}
+
 
 def other_name(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
     """An operator under the name that has a rule."""
@@ -40,6 +47,17 @@ def other_name(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
         return None
     with node.graph.inserting_before(node):
         return add_call(node.graph, target, node.args, node.meta, node.kwargs)
+
+
+def given_sizes(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
+    """x.new_zeros(sizes) and the like read no more of x than what a fake tensor knows too."""
+    target = _NEW.get(node.target)
+    if target is None:
+        return None
+    value = node.meta["val"]
+    kwargs = {"dtype": value.dtype, "device": value.device}
+    with node.graph.inserting_before(node):
+        return add_call(node.graph, target, node.args[1:], node.meta, kwargs)
 
 
 def padding(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:

@@ -16,6 +16,7 @@ from spdcompile.passes.base import BlockGraph, ParamRef, PassResult, Program, ad
 from spdcompile.passes.experts import grouped_mm
 from spdcompile.passes.moves import (
     fixed_index,
+    given_sizes,
     other_name,
     overwrite,
     padding,
@@ -129,7 +130,7 @@ def _is_zero(size: object) -> bool:
 
 _REWRITES: tuple[Rewrite, ...] = (
     *(_alias, _idle_dropout, _cast, _view, _addmm, _matmul, _cat_of_nothing, grouped_mm),
-    *(other_name, padding, overwrite, write_slice, write_index, read_slice),
+    *(other_name, given_sizes, padding, overwrite, write_slice, write_index, read_slice),
 )
 
 
