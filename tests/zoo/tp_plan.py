@@ -189,7 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     began = time.monotonic()
     rows = []
-    for row in measure_all(args.only, compare, jobs=args.jobs, limit_s=args.limit):
+    for found_row in measure_all(args.only, compare, jobs=args.jobs, limit_s=args.limit):
+        row = found_row
         if not isinstance(row, Compared):  # a crash, or out of time
             row = Compared(row.entry, stage=row.stage, failure=row.failure)
         rows.append(row)
