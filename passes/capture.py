@@ -152,7 +152,7 @@ def _params(
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The model's decoder blocks: its outermost module list with the most parameters.
+    """The model's decoder blocks: of the module lists as long as it has layers, the largest.
 
     Returns: the list's path ("model.layers") and the list.
 
@@ -165,4 +165,9 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has no list of decoder layers.",
             needed="a torch.nn.ModuleList whose members are the blocks",
         )
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+
+    def rank(item: tuple[str, nn.ModuleList]) -> tuple[bool, int]:
+        return len(item[1]) == wanted, sum(p.numel() for p in item[1].parameters())
+
+    return max(lists, key=rank)

@@ -19,6 +19,8 @@ from spdcompile.passes.functional import made_functional, writes_in_place
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 # Sizes that are unlikely to equal a size of the model, lest export tie the two together.
 _BATCH, _LENGTH = 3, 11
+# How torch says so; the second where it cannot even say what would be needed.
+_UNPROVED = ("Constraints violated", "Cannot create Dim with inconsistent")
 _BATCHES_TRIED = (1, 2, 3, 7)
 _LONGEST_TRIED = 2**18
 _ASSERT = torch.ops.aten._assert_scalar.default
@@ -53,8 +55,8 @@ def export(module: nn.Module, device: torch.device) -> Exported:
                 module, inputs, dynamic_shapes=dict.fromkeys(INPUTS, named), strict=False
             )
             return Exported(_functional(exported), None)
-        except UserError as error:
-            if not str(error).startswith("Constraints violated"):
+        except (UserError, AssertionError) as error:
+            if not str(error).startswith(_UNPROVED):
                 raise
         relaxed = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in INPUTS}
         exported = torch.export.export(

@@ -148,9 +148,12 @@ def _result(run: Code, tensors: Sequence[Tensor]) -> tuple[list[int], Any]:
     Returns: where each size of the result is from, one pair of numbers after the other: an input
         and its dim, or -1 and a constant size; and a result.
     """
+    inputs = [_at_sizes(tensors, sizes) for sizes in _TRIED]
     with outside_tracing(), torch.no_grad():
-        inputs = [_at_sizes(tensors, sizes) for sizes in _TRIED]
-        results = [run(given) for given in inputs]
+        try:
+            results = [run(given) for given in inputs]
+        except (NotImplementedError, RuntimeError):  # it reads data, and gets zeros then
+            results = [run([_zeros(tensor) for tensor in given]) for given in inputs]
     shapes = [_first(pytree.tree_leaves(result)).shape for result in results]
     sources: dict[Any, tuple[int, int]] = {}
     for place, pair in enumerate(zip(*inputs, strict=True)):
@@ -177,10 +180,16 @@ def _at_sizes(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         tuple(int(s.node.expr.subs(values)) if _symbols(s) else int(s) for s in t.shape)
         for t in tensors
     ]
-    return [
-        torch.empty(shape, dtype=t.dtype, device="meta")
-        for shape, t in zip(shapes, tensors, strict=True)
-    ]
+    with outside_tracing():
+        return [
+            torch.empty(shape, dtype=t.dtype, device="meta")
+            for shape, t in zip(shapes, tensors, strict=True)
+        ]
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    """Zeros like a tensor, however large, in the memory of one."""
+    return torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
 
 
 def _symbols(size: int | torch.SymInt) -> set[Any]:

@@ -25,6 +25,8 @@ OPAQUE_STATIC_METHODS = {
 OPAQUE_METHODS: Mapping[str, Callable[[Any], bool]] = {
     "MiniMaxLightningAttention.forward": lambda module: True,
     "xLSTMBackend.forward": lambda module: True,
+    "Qwen4ExpTextQSAIndexer.forward": lambda module: True,  # picks keys for each token in turn
+    "MiniMaxM3VLAttention.forward": lambda module: module.indexer is not None,  # picks blocks
     # Keys of an input that is long enough to have some are summed up in further keys.
     "DeepseekV4Attention.forward": lambda module: module.compressor is not None,
 }
