@@ -33,7 +33,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
 def test_new_sizes_compile_nothing(family: str, compilations: list[int]) -> None:
     """One program for batches of two or more, one for batch 1, one for length 1."""
     compiled = spdcompile.compile(tiny(family, layers=3), tp=4, executor="local")
