@@ -222,7 +222,7 @@ def test_a_part_of_the_zoo_is_not_written(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_an_unknown_entry_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "llamma_typo" not in entries()
+    assert "no_such_model" not in entries()
     with pytest.raises(SystemExit):
-        command.main(["--only", "llamma_typo"])
-    assert "no such entries here: llamma_typo" in capsys.readouterr().err
+        command.main(["--only", "no_such_model"])
+    assert "no such entries here: no_such_model" in capsys.readouterr().err

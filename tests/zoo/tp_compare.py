@@ -17,8 +17,7 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from spdcompile.passes import pipeline
-from spdcompile.passes.base import ParamRef, Part, Program, Refusal, module_path
-from spdcompile.passes.ops import GATHER
+from spdcompile.passes.base import ParamRef, Part, Program, Refusal, RegionKind, module_path
 from spdcompile.passes.projections import projection_of
 from tests.zoo.table import generic
 
@@ -224,14 +223,14 @@ class _Comparison:
         spec = part.shards.get(name)
         if spec is None:
             return Decision()
-        block = self.last.graph_of(part)
-        side = _side(spec.dim, out_dim)
-        for region in block.regions:
-            named = {**dict.fromkeys(region.columns, Side.COLUMNS)}
+        side, gathers = _side(spec.dim, out_dim), False
+        for region in self.last.graph_of(part).regions:
+            named = dict.fromkeys(region.columns, Side.COLUMNS)
             named |= dict.fromkeys(region.rows, Side.ROWS)
             if named.get(name, side) is not side:
                 raise AssertionError(f"{name} is cut along dim {spec.dim}, not by {named[name]}")
-        gathers = any(node.target is GATHER for node in block.module.graph.nodes)
+            # What a head makes, the logits, leaves the program whole.
+            gathers = gathers or (name in named and region.kind is RegionKind.HEAD)
         return Decision(side, _indices(spec.index), gathers)
 
     def _words(self, part: Part, fqn: str, region: str) -> str:
