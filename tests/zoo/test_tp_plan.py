@@ -131,7 +131,9 @@ def test_document_holds_what_the_rows_say() -> None:
 # ---- the styles, as transformers itself carries them out
 
 SHAPES = ((8,), (8, 6), (2, 8, 6))
-USED = sorted({s for e in planned() for s in CONFIG_MAPPING[model_type(e)].base_model_tp_plan.values()})
+USED = sorted(
+    {s for e in planned() for s in CONFIG_MAPPING[model_type(e)].base_model_tp_plan.values()}
+)
 
 
 @pytest.fixture
