@@ -196,9 +196,7 @@ class PendingRewriter:
     def _expanded(self, whole: fx.Node, partial: fx.Node) -> fx.Node:
         """R in the shape of P; a bias is smaller, the pieces of one are expanded."""
         value, wanted = whole.meta["val"], partial.meta["val"]
-        if isinstance(value, list | tuple) or list(map(str, value.shape)) == list(
-            map(str, wanted.shape)
-        ):
+        if isinstance(value, list | tuple) or str(value.shape) == str(wanted.shape):
             return whole
         args = (whole, partial)
         return add_call(self.new, aten.expand_as.default, args, partial.meta, placement=R)

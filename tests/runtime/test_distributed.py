@@ -24,10 +24,10 @@ from tests.runtime.distributed_worker import CASES, NOTHING, TP, case_inputs
 ROOT = Path(__file__).parents[2]
 F32_BOUND = 1e-5
 VISIBLE = 1e-3
-LAUNCH_TIMEOUT_S = 240  # far beyond what it takes, and short of the limit of a test
+LAUNCH_TIMEOUT_S = 540  # far beyond what it takes, and short of the limit of a test
 
 Results = list[dict[str, list[Tensor] | str]]
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def mesh() -> Iterator[dist.DeviceMesh]:
 def test_style_does_what_transformers_does(name: str, mesh: dist.DeviceMesh) -> None:
     parallel = pytest.importorskip("transformers.distributed.tensor_parallel")
     style, known = parallel.ALL_PARALLEL_STYLES[name], STYLES[name]
-    for shape in SHAPES[1:] if name.startswith("embedding") else SHAPES:
+    for shape in SHAPES[1:2] if name.startswith("embedding") else SHAPES:
         module = nn.Module()
         module.w = nn.Parameter(torch.empty(shape, device="meta"))
         style.shard_param(module, "w", mesh)
