@@ -28,6 +28,7 @@ _CASTS = (
     torch.ops.aten.to.device,
     torch.ops.aten._to_copy.default,
 )
+_RESHAPES = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 # Keyword arguments of attention functions that say nothing about what is computed: hints for
 # other kernels, what to return besides, and the window, which the mask knows better (Exaone 4
 # passes it for layers that have none).
@@ -102,9 +103,12 @@ def take_mask_from_input(graph: fx.Graph, mask: fx.Node) -> None:
     Args:
         mask: the placeholder of the caller's mask, int64 [B, S]; any cast keeps what is zero.
     """
+    shape = mask.meta["val"].shape
     for node in graph.find_nodes(op="call_function", target=ATTENTION):
         source = node.args[_ARGUMENT_VALID]
-        while source.op == "call_function" and source.target in _CASTS:
+        while source.target in _CASTS or (
+            source.target in _RESHAPES and source.args[0].meta["val"].shape == shape
+        ):
             source = source.args[0]
         if source is mask:
             node.update_arg(_ARGUMENT_VALID, mask)

@@ -136,6 +136,24 @@ class BlockGraph:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheSpec:
+    """What an attention remembers of every token.
+
+    Args:
+        shape: a rank's, with 0 for the sequences and for the tokens.
+        dim: the dim of the tokens.
+        span: how many tokens back are seen, so that no more are kept; 0 for all.
+        per_rank: whether each rank has its own, rather than all the same.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dim: int
+    span: int = 0
+    per_rank: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """A straight piece of the program: the prelude, one block or the postlude.
 
@@ -150,6 +168,7 @@ class Part:
         assignments: region name -> units per rank.
         dropped: sync points of this part that the plan dropped.
         module: the module path of the block in the model ("model.layers.3").
+        caches: placeholder -> the cache that it receives.
     """
 
     name: str
@@ -162,6 +181,7 @@ class Part:
     assignments: Mapping[str, Assignment] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     module: str = ""
+    caches: Mapping[str, CacheSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +195,7 @@ class Program:
         positions: how absent position ids are made (`Positions`), None if the model takes none.
         constants: data that is no checkpoint tensor (rotary frequencies, index tables).
         max_length: the longest input that the program holds for, None for any.
+        one_start: whether new tokens must begin at one column for all sequences of a batch.
     """
 
     graphs: Mapping[str, BlockGraph]
@@ -187,6 +208,7 @@ class Program:
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
     max_length: int | None = None
+    one_start: bool = False
 
     def graph_of(self, part: Part) -> BlockGraph:
         """The graph that a part calls."""

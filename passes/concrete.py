@@ -21,31 +21,40 @@ def size_at_one(size: Any) -> int:
 
 def shape_at_one(value: torch.Tensor) -> tuple[int, ...]:
     """A fake tensor's shape with batch and sequence length 1."""
-    return tuple(size_at_one(size) for size in value.shape)
+    return _shape(value, size_at_one)
 
 
-def call_of(node: fx.Node, describe: Callable[[fx.Node], tuple[Any, Any]]) -> Call:
+def call_of(
+    node: fx.Node,
+    describe: Callable[[fx.Node], tuple[Any, Any]],
+    size_of: Callable[[Any], int] = size_at_one,
+) -> Call:
     """The call that a node makes.
 
     Args:
         describe: gives a tensor node's (placement, ids).
+        size_of: gives a size its number.
     """
 
     def operand(arg: fx.Node) -> Any:
         value = arg.meta["val"]
         if isinstance(value, torch.Tensor):
             placement, ids = describe(arg)
-            return Operand(shape_at_one(value), placement, ids)
+            return Operand(_shape(value, size_of), placement, ids)
         if isinstance(value, list | tuple):
             placement, ids = describe(arg)
             return Operand((), placement, ids)
-        return size_at_one(value) if isinstance(value, int | torch.SymInt) else value
+        return size_of(value) if isinstance(value, int | torch.SymInt) else value
 
     args = fx.map_arg(node.args, operand)
     kwargs = fx.map_arg(node.kwargs, operand)
     value = node.meta["val"]
-    shape = shape_at_one(value) if isinstance(value, torch.Tensor) else ()
+    shape = _shape(value, size_of) if isinstance(value, torch.Tensor) else ()
     return Call(node.target, tuple(_plain(arg) for arg in args), dict(kwargs), shape)
+
+
+def _shape(value: torch.Tensor, size_of: Callable[[Any], int]) -> tuple[int, ...]:
+    return tuple(size_of(size) for size in value.shape)
 
 
 def _plain(arg: Any) -> Any:

@@ -1,6 +1,9 @@
 """The operators that programs speak, as schemas and fakes; runtime/ops.py gives them kernels.
 
 `spd::attention`  whole attention of one call: the unit that is split by heads.
+`spd::attend_cached` the same for new tokens, whose keys and values it writes into its caches.
+`spd::attend`     the same for new tokens, given the keys and values of all.
+`spd::append`     writes what is to be remembered of new tokens into a cache.
 `spd::sync`       a sync point: partial sums in, their sum over the ranks out.
 `spd::gather`     shards along a dim in, the concatenation over the ranks out.
 `spd::take`       a replicated value in, this rank's share along a dim out.
@@ -18,6 +21,16 @@ _LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor valid, Tensor? sinks, float scale, bool causal,"
     " int window, float softcap, int chunk=0) -> Tensor"
 )
+_LIBRARY.define(
+    "attend_cached(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache,"
+    " Tensor valid, Tensor start, Tensor? sinks, float scale, bool causal, int window,"
+    " float softcap, int chunk=0) -> Tensor"
+)
+_LIBRARY.define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor valid, Tensor start, Tensor? sinks, float scale,"
+    " bool causal, int window, float softcap, int chunk=0) -> Tensor"
+)
+_LIBRARY.define("append(Tensor new, Tensor(a!) cache, Tensor start, int dim) -> ()")
 _LIBRARY.define("sync(Tensor partial, str point) -> Tensor")
 _LIBRARY.define("gather(Tensor shard, int dim) -> Tensor")
 _LIBRARY.define("take(Tensor whole, Tensor index, int dim, int units) -> Tensor")
@@ -25,6 +38,9 @@ _LIBRARY.define("grouped_mm(Tensor rows, Tensor weight, Tensor ends) -> Tensor")
 _LIBRARY.define("call(Tensor[] tensors, str code, int[] shape, ScalarType dtype) -> Tensor")
 
 ATTENTION = torch.ops.spd.attention.default
+ATTEND_CACHED = torch.ops.spd.attend_cached.default
+ATTEND = torch.ops.spd.attend.default
+APPEND = torch.ops.spd.append.default
 SYNC = torch.ops.spd.sync.default
 GATHER = torch.ops.spd.gather.default
 TAKE = torch.ops.spd.take.default
@@ -38,6 +54,17 @@ def _attention_fake(
 ) -> Tensor:
     """q [B, H, S, D], k [B, Hkv, T, D], v [B, Hkv, T, Dv], valid [B, T] -> [B, S, H, Dv]."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.register_fake("spd::attend_cached")
+@torch.library.register_fake("spd::attend")
+def _attend_fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.register_fake("spd::append")
+def _append_fake(new: Tensor, cache: Tensor, start: Tensor, dim: int) -> None:
+    return None
 
 
 @torch.library.register_fake("spd::sync")

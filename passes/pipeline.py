@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from spdcompile.errors import PassError, SpdCompileError
 from spdcompile.passes.assign import Assign, HeadGroups
 from spdcompile.passes.base import Invariant, Numerics, Pass, PassResult, Program, Refusal
+from spdcompile.passes.cache import remember
 from spdcompile.passes.capture import capture
 from spdcompile.passes.drop import Drop, PointName
 from spdcompile.passes.localize import localize
@@ -20,6 +21,7 @@ from spdcompile.passes.propagate import propagate
 from spdcompile.passes.regions import FindRegions
 from spdcompile.passes.split import split
 from spdcompile.passes.sync import insert_sync_points
+from spdcompile.passes.tokens import follow_tokens
 from spdcompile.passes.verify import verify
 from spdcompile.plan import Router
 
@@ -54,6 +56,7 @@ def preserving(tp: int, head_groups: HeadGroups) -> tuple[Step, ...]:
     return (
         Step("normalize", normalize, exact, _START, normal),
         Step("split", split, exact, normal, parts),
+        Step("tokens", follow_tokens, exact, parts, parts),
         Step("regions", FindRegions(tp), rounding, parts, parts),
         Step("assign", Assign(tp, head_groups), exact, parts, assigned),
         Step("propagate", propagate, rounding, assigned, placed),
@@ -66,6 +69,12 @@ def changing(points: frozenset[PointName], router: Router = Router.EXACT) -> tup
     """The passes that change the numbers: dropping the sync points that a plan names."""
     local = _START | {_I.NORMAL, _I.SPLIT, _I.ASSIGNED, _I.PLACED, _I.SYNCED, _I.LOCAL}
     return (Step("drop", Drop(points, router), Numerics.CHANGES, local, local),)
+
+
+def remembering() -> tuple[Step, ...]:
+    """The pass after which a program runs on new tokens alone."""
+    local = _START | {_I.SPLIT, _I.ASSIGNED, _I.PLACED, _I.SYNCED, _I.LOCAL}
+    return (Step("cache", remember, Numerics.EXACT, local, local),)
 
 
 @dataclass(frozen=True, slots=True)

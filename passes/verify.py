@@ -71,8 +71,9 @@ def _well_formed(program: Program) -> Iterator[str]:
         graph = program.graph_of(part).module.graph
         graph.lint()
         names = {node.name for node in graph.find_nodes(op="placeholder")}
-        if names != {*part.params, *part.inputs}:
-            yield f"{part.name} binds {sorted(names ^ {*part.params, *part.inputs})} wrongly"
+        bound = {*part.params, *part.inputs, *part.caches}
+        if names != bound:
+            yield f"{part.name} binds {sorted(names ^ bound)} wrongly"
         if unknown := set(part.inputs.values()) - known:
             yield f"{part.name} reads {sorted(unknown)}, which no earlier part makes"
         if len(_results(graph)) != len(part.outputs):
@@ -119,7 +120,7 @@ def _placed(program: Program) -> Iterator[str]:
     for part in program.parts:
         for node in program.graph_of(part).module.graph.find_nodes(op="placeholder"):
             split = isinstance(node.meta["placement"], Shard)
-            if split != (node.name in part.shards):
+            if split != (node.name in part.shards) and node.name not in part.caches:
                 yield f"{part.name}: {node.name} is {node.meta['placement']} but has no such shards"
 
 

@@ -40,34 +40,63 @@ def _attend(
     length = q.shape[2]
     if k.shape[2] != length:
         raise ValueError(f"attention of {length} queries to {k.shape[2]} keys; needs as many")
-    if sinks is not None or softcap:
-        mask = _visible(valid, causal, window, chunk)
-        return _attend_by_softmax(q, k, v, mask, sinks, scale, softcap)
     # On CUDA the question would wait for the device.
     if not q.is_cuda and bool(valid.all()):
-        if not 0 < window < length and not 0 < chunk < length:
-            return _attend_by_sdpa(q, k, v, None, scale, causal=causal)
+        if not (sinks is not None or softcap or 0 < window < length or 0 < chunk < length):
+            return attend_by_sdpa(q, k, v, None, scale, causal=causal)
         valid = valid[:1]
-    return _attend_by_sdpa(q, k, v, _visible(valid, causal, window, chunk), scale)
+    columns = torch.arange(length, device=valid.device)[None]
+    mask = visible(columns, columns, valid, padding_of(valid), causal, window, chunk)
+    return attend_by_mask(q, k, v, mask, sinks, scale, softcap)
 
 
-def _visible(valid: Tensor, causal: bool, window: int, chunk: int) -> Tensor:
-    """valid [B, S] -> bool [B, 1, S, S]; each token sees itself, so that no row is empty."""
-    columns = torch.arange(valid.shape[1], device=valid.device)
-    rows = columns[:, None]
+def visible(
+    queries: Tensor,
+    keys: Tensor,
+    valid: Tensor,
+    padding: Tensor,
+    causal: bool,
+    window: int,
+    chunk: int,
+) -> Tensor:
+    """Which of K keys each of S queries sees, bool [B, 1, S, K].
+
+    Args:
+        queries: their columns in the sequence, int64 [B, S] or [1, S].
+        keys: their columns, [B, K] or [1, K].
+        valid: [B, K], zero where a key is no token.
+        padding: tokens of padding in front of each sequence, [B, 1].
+
+    Each token sees itself, so that no row is empty.
+    """
+    rows, columns = queries[:, None, :, None], keys[:, None, None, :]
     seen = valid.bool()[:, None, None, :]
     if causal:
         seen = seen & (columns <= rows)
     if window:
         seen = seen & (rows - columns < window)
     if chunk:
-        padding = (valid.cumsum(1) == 0).sum(1, keepdim=True)  # in front of each sequence
-        chunks = (columns - padding).div(chunk, rounding_mode="floor")
-        seen = seen & (chunks[:, None, None, :] == chunks[:, None, :, None])
+        start = padding[:, None, None]
+        own = (rows - start).div(chunk, rounding_mode="floor")
+        seen = seen & (own == (columns - start).div(chunk, rounding_mode="floor"))
     return seen | (rows == columns)
 
 
-def _attend_by_sdpa(
+def padding_of(valid: Tensor) -> Tensor:
+    """valid [B, T] -> tokens of padding in front of each sequence, int64 [B, 1]."""
+    return (valid.cumsum(1) == 0).sum(1, keepdim=True)
+
+
+def attend_by_mask(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None, scale: float, cap: float
+) -> Tensor:
+    """q [B, H, S, D], k [B, G, K, D], v [B, G, K, V], mask bool [B, 1, S, K] -> [B, H, S, V]."""
+    if sinks is not None or cap:
+        return _attend_by_softmax(q, k, v, mask, sinks, scale, cap)
+    return attend_by_sdpa(q, k, v, mask, scale)
+
+
+def attend_by_sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False
 ) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
@@ -86,15 +115,16 @@ def _attend_by_softmax(
     batch, heads, length, _ = q.shape
     # The queries of a group are more rows of its KV head: K and V are never repeated.
     rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-    scores = (rows @ k.mT * scale).reshape(batch, heads, length, length)
+    keys = k.shape[2]
+    scores = (rows @ k.mT * scale).reshape(batch, heads, length, keys)
     if cap:
         scores = cap * torch.tanh(scores / cap)
     scores = at_least_float32(scores).masked_fill(~mask, float("-inf"))
     if sinks is not None:
         sink = sinks[..., None, None].to(scores.dtype)
         scores = torch.cat([scores, sink.expand(batch, heads, length, 1)], -1)
-    weights = scores.softmax(-1)[..., :length].to(q.dtype)
-    out = weights.reshape(batch, k.shape[1], -1, length) @ v
+    weights = scores.softmax(-1)[..., :keys].to(q.dtype)
+    out = weights.reshape(batch, k.shape[1], -1, keys) @ v
     return out.reshape(batch, heads, length, -1)
 
 
@@ -150,14 +180,14 @@ register_autograd(_LIBRARY, ATTENTION_BACKWARD, save=save_nothing, backward=_no_
 
 @torch.library.register_vmap("spd::attention", lib=_LIBRARY)
 def _attention_rule(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
-    out = ATTENTION(*_ranks_in_batch(info, in_dims[:5], inputs[:5]), *inputs[5:])
+    out = ATTENTION(*ranks_in_batch(info, in_dims[:5], inputs[:5]), *inputs[5:])
     return out.unflatten(0, (info.batch_size, -1)), 0
 
 
 @torch.library.register_vmap("spd::attention_backward", lib=_LIBRARY)
 def _attention_backward_rule(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any, Any]:
     sinks = inputs[5]
-    grads = ATTENTION_BACKWARD(*_ranks_in_batch(info, in_dims[:6], inputs[:6]), *inputs[6:])
+    grads = ATTENTION_BACKWARD(*ranks_in_batch(info, in_dims[:6], inputs[:6]), *inputs[6:])
     *dqkv, dsinks = grads
     dqkv = [x.unflatten(0, (info.batch_size, -1)) for x in dqkv]
     if sinks is None:
@@ -167,7 +197,7 @@ def _attention_backward_rule(info: Any, in_dims: Any, *inputs: Any) -> tuple[Any
     return (*dqkv, dsinks.sum(1) if shared else dsinks), (0, 0, 0, 0)
 
 
-def _ranks_in_batch(info: Any, in_dims: Any, tensors: Any) -> list[Tensor | None]:
+def ranks_in_batch(info: Any, in_dims: Any, tensors: Any) -> list[Tensor | None]:
     """Each of [B, ...], batched or not -> [R * B, ...]; `sinks`, which is last, -> [R * B, H]."""
     *operands, sinks = [
         None if x is None else ranks_first(info, dim, x)

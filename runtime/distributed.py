@@ -25,6 +25,8 @@ class DistributedExecutor(Executor):
         group: a process group of `program.tp` ranks.
     """
 
+    stacks_ranks = False
+
     def __init__(
         self,
         program: Program,

@@ -10,11 +10,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx
 
+import spdcompile.runtime.cached_attention
 import spdcompile.runtime.calls
 import spdcompile.runtime.grouped
 import spdcompile.runtime.ops  # noqa: F401  (gives the operators their kernels)
 from spdcompile.passes.base import Part, Program
+from spdcompile.passes.tokens import TOKENS
 from spdcompile.passes.verify import check_collectives
+from spdcompile.runtime.cache import KVCache
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -35,6 +38,8 @@ class Executor(ABC):
         device: where to run.
     """
 
+    stacks_ranks: bool  # whether a value of every rank is one tensor here, [tp, ...]
+
     def __init__(
         self,
         program: Program,
@@ -53,7 +58,8 @@ class Executor(ABC):
         """An executor of another program over the same weights, sharing what is compiled.
 
         Args:
-            program: one that differs from this executor's in its dropped sync points only.
+            program: one that differs from this executor's in its dropped sync points and caches
+                only.
         """
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
@@ -72,20 +78,49 @@ class Executor(ABC):
         other.params = {part.name: self._bind(part, tensors) for part in self.program.parts}
         return other
 
-    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The logits, [B, S, V].
+    def run(
+        self, inputs: Mapping[str, Tensor], cache: KVCache | None = None, last: int = 0
+    ) -> Tensor:
+        """The logits, [B, S, V], or of the last tokens alone.
 
         Args:
-            inputs: the program's inputs, each int64 [B, S].
+            inputs: the program's inputs by name.
+            cache: for a program that remembers; the new tokens are written into it.
+            last: how many tokens' logits to compute; 0 for all.
         """
         env = dict(inputs)
-        self.run_parts(env, self.program.parts)
+        *parts, postlude = self.program.parts
+        self.run_parts(env, parts, cache)
+        if last:
+            self._keep_last(env, postlude, last)
+        self.run_parts(env, [postlude], cache)
         return env[self.program.output]
 
-    def run_parts(self, env: dict[str, Tensor], parts: Iterable[Part]) -> None:
+    def _keep_last(self, env: dict[str, Tensor], part: Part, last: int) -> None:
+        """Cuts what a part receives of each token to the last tokens."""
+        for node in self.program.graph_of(part).module.graph.find_nodes(op="placeholder"):
+            if node.name in part.inputs and TOKENS in node.meta:
+                name, dim = part.inputs[node.name], node.meta[TOKENS]
+                tokens = env[name]
+                first = max(tokens.shape[dim] - last, 0)
+                env[name] = tokens.narrow(dim, first, tokens.shape[dim] - first).contiguous()
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """Empty caches for a program that remembers."""
+        return KVCache(
+            self.program,
+            batch=batch,
+            max_length=max_length,
+            device=self.device,
+            tp=self.program.tp if self.stacks_ranks else None,
+        )
+
+    def run_parts(
+        self, env: dict[str, Tensor], parts: Iterable[Part], cache: KVCache | None = None
+    ) -> None:
         """Runs some parts in order; reads their inputs from `env` and adds their outputs to it."""
         for part in parts:
-            env.update(self.call(part, env))
+            env.update(self.call(part, env, None if cache is None else cache.of(part.name)))
 
     def call(
         self, part: Part, env: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
@@ -93,7 +128,7 @@ class Executor(ABC):
         """Runs one part.
 
         Args:
-            params: parameters to use in place of the part's own, by placeholder.
+            params: parameters to use in place of the part's own, and its caches, by placeholder.
         """
         module = self.program.graph_of(part).module
         given = {**self.params[part.name], **(params or {})}

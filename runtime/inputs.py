@@ -7,6 +7,8 @@ from torch import Tensor
 
 from spdcompile.errors import UsageError
 from spdcompile.passes.base import Positions, Program
+from spdcompile.passes.cache import START
+from spdcompile.runtime.cache import KVCache
 
 
 def program_inputs(
@@ -14,16 +16,28 @@ def program_inputs(
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    cache: KVCache | None = None,
 ) -> dict[str, Tensor]:
-    """A program's three inputs, those that are absent filled in as the model itself would.
+    """A program's inputs by name, those that are absent filled in as the model itself would.
+
+    Args:
+        input_ids: int64 [B, S].
+        attention_mask: [B, S], or [B, T] with a cache, over the tokens before and the new ones.
+        position_ids: int64 [B, S].
+        cache: what is remembered of the tokens before, for a program that remembers.
 
     Raises:
-        UsageError: a tensor of another shape or kind, or longer than the program takes.
+        UsageError: a tensor of another shape or kind, or longer than the program or cache takes.
     """
     _check_ids("input_ids", input_ids, None)
-    _check_length(program, input_ids)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    _check_ids("attention_mask", mask, input_ids)
+    batch, num_new = input_ids.shape
+    before = 0 if cache is None else cache.longest
+    if cache is not None:
+        cache.check(program, batch, num_new)
+    _check_length(program, before + num_new)
+    total = (batch, before + num_new)
+    mask = input_ids.new_ones(total) if attention_mask is None else attention_mask
+    _check_ids("attention_mask", mask, total)
     mask = mask.to(torch.long)
     if position_ids is not None and program.positions is Positions.FROM_IDS:
         raise UsageError(
@@ -32,16 +46,17 @@ def program_inputs(
             found="position ids",
             needed="none: its program counts the ids that are no padding",
         )
+    start = None if cache is None else cache.lengths.to(input_ids.device)
     if position_ids is None:
-        position_ids = _positions(program, input_ids, mask)
-    _check_ids("position_ids", position_ids, input_ids)
-    values = (input_ids, mask, position_ids)
-    names = ("input_ids", "attention_mask", "position_ids")
-    return {name: value.contiguous() for name, value in zip(names, values, strict=True)}
+        position_ids = _positions(program, input_ids, mask, start)
+    _check_ids("position_ids", position_ids, (batch, num_new))
+    values = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+    values = {name: value.contiguous() for name, value in values.items()}
+    return values if start is None else {**values, START: start}
 
 
-def _check_length(program: Program, input_ids: Tensor) -> None:
-    longest, length = program.max_length, input_ids.shape[1]
+def _check_length(program: Program, length: int) -> None:
+    longest = program.max_length
     if longest is not None and length > longest:
         raise UsageError(
             "The input is too long.",
@@ -51,20 +66,22 @@ def _check_length(program: Program, input_ids: Tensor) -> None:
         )
 
 
-def _positions(program: Program, input_ids: Tensor, mask: Tensor) -> Tensor:
+def _positions(program: Program, input_ids: Tensor, mask: Tensor, start: Tensor | None) -> Tensor:
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    if start is not None:
+        columns = columns + start[:, None]
     if program.positions is Positions.FROM_MASK:
-        return mask.cumsum(1) * mask - 1
-    length = input_ids.shape[1]
-    return torch.arange(length, device=input_ids.device).expand_as(input_ids)
+        return (mask.cumsum(1) * mask - 1).gather(1, columns)
+    return columns
 
 
-def _check_ids(name: str, tensor: Tensor, like: Tensor | None) -> None:
+def _check_ids(name: str, tensor: Tensor, needed: tuple[int, ...] | None) -> None:
     shape = tuple(tensor.shape)
-    wrong_shape = tensor.dim() != 2 if like is None else shape != tuple(like.shape)
+    wrong_shape = tensor.dim() != 2 if needed is None else shape != needed
     if wrong_shape or tensor.is_floating_point() or 0 in shape:
         raise UsageError(
             f"{name} does not fit.",
             where=name,
             found=f"{str(tensor.dtype).removeprefix('torch.')} {list(shape)}",
-            needed="whole numbers [batch, length]" if like is None else f"{list(like.shape)}",
+            needed="whole numbers [batch, length]" if needed is None else f"{list(needed)}",
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -64,3 +65,29 @@ def agree(group: dist.ProcessGroup, facts: Mapping[str, str]) -> None:
                 needed=f"one {name} on every rank",
                 fix="start every rank with the same model, plan and versions",
             )
+
+
+@contextmanager
+def same_random_state(group: dist.ProcessGroup, device: torch.device) -> Iterator[None]:
+    """Gives every rank the random state of rank 0; the others get their own back afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    first = dist.get_rank(group) == 0
+    with torch.random.fork_rng(devices, enabled=not first):
+        for state, restore in _random_states(device):
+            on_device = state.to(device)
+            dist.broadcast(on_device, group=group, group_src=0)
+            if not first:
+                restore(on_device.cpu())
+        yield
+
+
+def _random_states(
+    device: torch.device,
+) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], None]]]:
+    """(state, its setter) of each generator that drawing on a device may use."""
+    yield torch.get_rng_state(), torch.set_rng_state
+    if device.type == "cuda":
+        yield (
+            torch.cuda.get_rng_state(device),
+            lambda state: torch.cuda.set_rng_state(state, device),
+        )

@@ -26,6 +26,8 @@ from spdcompile.runtime.weights import bind
 class LocalExecutor(Executor):
     """Runs every rank of a program in this process."""
 
+    stacks_ranks = True
+
     def _bind(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return bind(self.program, part, tensors, self.device)
 

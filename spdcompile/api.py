@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -15,12 +15,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from spdcompile.errors import PlanError, UsageError
+from spdcompile.generation import generate
 from spdcompile.models import ModelSource, resolve_model
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
+from spdcompile.passes.tokens import SUBJECT as CACHE
 from spdcompile.plan import HeadGroups, Plan, Router, attention_points
 from spdcompile.report import Report, build_report
 from spdcompile.runtime import launch
+from spdcompile.runtime.cache import KVCache
 from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.executor import Backend, Executor
 from spdcompile.runtime.inputs import program_inputs
@@ -86,23 +89,70 @@ class CompiledModel:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
+        past_key_values: KVCache | None = None,
+        logits_to_keep: int = 0,
     ) -> CausalLMOutputWithPast:
         """The logits of every position.
 
         Args:
             input_ids: int64 [B, S].
-            attention_mask: [B, S], nonzero where a token is real; all of them if None.
+            attention_mask: nonzero where a token is real, [B, S], or with a cache [B, T], over the
+                T tokens before and new; all of them if None.
             position_ids: int64 [B, S]; numbered as the model itself does if None.
+            past_key_values: from `new_cache`; the tokens go on where it ends, and are added to it.
+            logits_to_keep: compute the logits of so many last positions alone; 0 for all.
 
         Returns: an output whose `.logits` is [B, S, V], in the model's dtype.
 
         Raises:
-            UsageError: a tensor of another shape or kind.
+            UsageError: a tensor of another shape or kind, or a cache that is full.
         """
-        inputs = program_inputs(self.program, input_ids, attention_mask, position_ids)
-        device = self.executor.device
-        on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
-        return CausalLMOutputWithPast(logits=self.executor.run(on_device))
+        cache = past_key_values
+        executor = self.executor if cache is None else self._remembering
+        inputs = program_inputs(executor.program, input_ids, attention_mask, position_ids, cache)
+        on_device = {name: tensor.to(executor.device) for name, tensor in inputs.items()}
+        logits = executor.run(on_device, cache, logits_to_keep)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def generate(self, input_ids: Tensor, **settings: Any) -> Any:
+        """Text, by transformers' own generation code.
+
+        Args:
+            input_ids: int64 [B, S], the prompts.
+            settings: those of `transformers.GenerationMixin.generate`: attention_mask,
+                max_new_tokens, do_sample, num_beams, streamer, stop_strings and so on.
+
+        Returns: int64 [B, S + new], or what `return_dict_in_generate` asks for. Every rank gets
+            the same: they draw from the random state of rank 0.
+        """
+        return generate(self, input_ids, **settings)
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty KV cache for `past_key_values`.
+
+        Args:
+            batch: number of sequences.
+            max_length: the most tokens of a sequence, padding included.
+
+        Raises:
+            RefusalError: the model cannot run on new tokens alone; see `cache_refusal`.
+        """
+        return self._remembering.new_cache(batch, max_length)
+
+    @property
+    def cache_refusal(self) -> str:
+        """Why the model has no KV cache; "" if it has one."""
+        refusals = [r.reason for r in self.base.program.refusals if r.subject == CACHE]
+        return refusals[0] if refusals else ""
+
+    @cached_property
+    def _remembering(self) -> Executor:
+        """Runs the same program on new tokens alone."""
+        lowering = pipeline.advance(self.lowering, pipeline.remembering())
+        return self.executor.with_program(lowering.program)
 
     def with_weights(self, tensors: Mapping[str, Tensor]) -> CompiledModel:
         """The same program over other weights, such as distillation gives.
