@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx
 
 from spdcompile.passes.base import module_path
-from spdcompile.passes.channelflow import Choices, Flow, follow_channels
+from spdcompile.passes.channelflow import Choices, Flow, follow_channels, head_of
 
 # A projection out of a latent dim that widens it by more is not worth a split by rows: the sums
 # of its wide output would cost more than the split of its narrow input saves.
@@ -43,10 +43,14 @@ class Roles:
         return len(set(self.flow.class_of(self.flow.consumed[node])))
 
 
-def decide_roles(graph: fx.Graph, params: frozenset[str], tp: int) -> Roles:
+def decide_roles(
+    graph: fx.Graph, params: frozenset[str], tp: int, *, ends_program: bool = False
+) -> Roles:
     """The roles that split the graph's projections over as many of `tp` ranks as they can."""
     decider = _Decider(graph, params, tp)
-    roles = decider.settle(Choices())
+    # Split by rows, a head would be summed over the vocabulary on every rank.
+    head = head_of(follow_channels(graph, params, Choices())) if ends_program else None
+    roles = decider.settle(Choices(head=head))
     tried: set[fx.Node] = set()
     while (node := decider.starved(roles, tried)) is not None:
         tried.add(node)
