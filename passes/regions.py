@@ -144,7 +144,7 @@ class _Finder:
             layouts, num_units = self._layouts(ids, unit, self._serving(group))
         except UnevenLayoutError as error:
             self.uneven = bool(self.roles.choices.shared)
-            names = ", ".join(name_of(node) for node in group.columns)
+            names = ", ".join(name_of(node) for node in (*group.columns, *group.rows))
             self.refused.append(Refusal(names, f"no even split by units: {error}"))
             return None
         return self._made(self._kind(unit), num_units, layouts, group.rows)

@@ -151,11 +151,25 @@ def _across(flow: Flow, nodes: set[fx.Node]) -> Iterator[fx.Node]:
 
 
 def _rows(flow: Flow) -> tuple[tuple[fx.Node, ...], dict[int, str]]:
-    """The projections to split by rows, and what must stay whole; later ones come first.
+    """The projections to split by rows, and what must stay whole."""
+    rows, whole, columns = _settled(flow, set())
+    feeding = _columns(flow, rows)
+    if feeding != columns:
+        # What only seemed to feed a split may itself be split by rows.
+        more = _settled(flow, feeding)
+        if set(more[0]) > set(rows):
+            rows, whole, _ = more
+    return rows, whole
+
+
+def _settled(
+    flow: Flow, columns: set[fx.Node]
+) -> tuple[tuple[fx.Node, ...], dict[int, str], set[fx.Node]]:
+    """Projections to split by rows, what must stay whole, and what was set aside for columns.
 
     A projection between two others is split by its output: the later split takes precedence.
     """
-    columns: set[fx.Node] = set()
+    columns = set(columns)
     while True:
         whole = _needed_whole(flow, columns)
         rows: list[fx.Node] = []
@@ -166,7 +180,7 @@ def _rows(flow: Flow) -> tuple[tuple[fx.Node, ...], dict[int, str]]:
         if not columns & flow.consumed.keys() & set(rows):
             found = _needed_whole(flow, columns)
             if found.keys() == whole.keys():
-                return tuple(reversed(rows)), whole
+                return tuple(reversed(rows)), whole, columns
 
 
 def _columns(flow: Flow, rows: tuple[fx.Node, ...]) -> set[fx.Node]:
