@@ -123,7 +123,9 @@ def _step(
         if given is None or _only_along_last(given):
             out = _project(node, projection, given, channels, flow)
             if given is not None and node is choices.head:
-                flow.opaque.append((flow.consumed.pop(node), f"{module_path(node)} reads them whole"))
+                flow.opaque.append(
+                    (flow.consumed.pop(node), f"{module_path(node)} reads them whole")
+                )
             return None if node in choices.silent else out
     call = call_of(node, lambda arg: (R, ids.get(arg)))
     carried = [o.ids for o in call.operands() if isinstance(o.ids, Tensor)]
