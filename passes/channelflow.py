@@ -31,11 +31,13 @@ class Choices:
         summed: reductions over channels that a sum over the ranks completes, so that they tie
             nothing together.
         shared: ids of channels that several units may read (`Channels`).
+        head: the projection that makes the program's result; it reads its input whole.
     """
 
     silent: frozenset[fx.Node] = frozenset()
     summed: frozenset[fx.Node] = frozenset()
     shared: frozenset[int] = frozenset()
+    head: fx.Node | None = None
 
 
 @dataclass
@@ -94,6 +96,18 @@ def follow_channels(graph: fx.Graph, params: frozenset[str], choices: Choices) -
     return flow
 
 
+def head_of(flow: Flow) -> fx.Node | None:
+    """The projection whose features are the graph's only result, each by itself; None if none."""
+    if len(flow.outputs) != 1 or flow.outputs[0] is None:
+        return None
+    last = flow.class_of(flow.outputs[0])
+    for node, produced in flow.produced.items():
+        classes = flow.class_of(produced)
+        if len(set(classes)) == len(classes) and np.array_equal(classes, last):
+            return node
+    return None
+
+
 def _step(
     node: fx.Node,
     params: frozenset[str],
@@ -108,6 +122,10 @@ def _step(
         given = ids.get(projection.value)
         if given is None or _only_along_last(given):
             out = _project(node, projection, given, channels, flow)
+            if given is not None and node is choices.head:
+                flow.opaque.append(
+                    (flow.consumed.pop(node), f"{module_path(node)} reads them whole")
+                )
             return None if node in choices.silent else out
     call = call_of(node, lambda arg: (R, ids.get(arg)))
     carried = [o.ids for o in call.operands() if isinstance(o.ids, Tensor)]

@@ -60,6 +60,19 @@ def given_sizes(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
         return add_call(node.graph, target, node.args[1:], node.meta, kwargs)
 
 
+def view_as(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
+    """view_as(x, like) reads no more of `like` than its sizes."""
+    if node.target not in (aten.view_as.default, aten.reshape_as.default):
+        return None
+    x, like = node.args
+    sizes: list[Any] = list(like.meta["val"].shape)
+    with node.graph.inserting_before(node):
+        for dim, size in enumerate(sizes):
+            if not isinstance(size, int):
+                sizes[dim] = add_call(node.graph, aten.sym_size.int, (like, dim), {"val": size})
+        return add_call(node.graph, aten.reshape.default, (x, sizes), node.meta)
+
+
 def padding(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
     """pad(x, sizes, "constant", value)."""
     if node.target is not aten.pad.default:

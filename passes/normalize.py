@@ -21,6 +21,7 @@ from spdcompile.passes.moves import (
     overwrite,
     padding,
     read_slice,
+    view_as,
     write_index,
     write_slice,
 )
@@ -130,7 +131,8 @@ def _is_zero(size: object) -> bool:
 
 _REWRITES: tuple[Rewrite, ...] = (
     *(_alias, _idle_dropout, _cast, _view, _addmm, _matmul, _cat_of_nothing, grouped_mm),
-    *(other_name, given_sizes, padding, overwrite, write_slice, write_index, read_slice),
+    *(other_name, given_sizes, view_as, padding, overwrite),
+    *(write_slice, write_index, read_slice),
 )
 
 

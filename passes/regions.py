@@ -25,6 +25,7 @@ from spdcompile.passes.base import (
     RegionKind,
     add_call,
 )
+from spdcompile.passes.channelflow import head_of
 from spdcompile.passes.layout import EVERY, Layout, UnevenLayoutError
 from spdcompile.passes.ops import ATTENTION
 from spdcompile.passes.roles import decide_roles, name_of
@@ -80,7 +81,7 @@ class _Finder:
         self, block: BlockGraph, params: frozenset[str], tp: int, ends_program: bool
     ) -> None:
         self.graph, self.tp, self.ends_program = block.module.graph, tp, ends_program
-        self.roles = decide_roles(self.graph, params, tp)
+        self.roles = decide_roles(self.graph, params, tp, ends_program=ends_program)
         self.flow = self.roles.flow
         self.refused: list[Refusal] = []
         self.uneven = False
@@ -143,7 +144,7 @@ class _Finder:
             layouts, num_units = self._layouts(ids, unit, self._serving(group))
         except UnevenLayoutError as error:
             self.uneven = bool(self.roles.choices.shared)
-            names = ", ".join(name_of(node) for node in group.columns)
+            names = ", ".join(name_of(node) for node in (*group.columns, *group.rows))
             self.refused.append(Refusal(names, f"no even split by units: {error}"))
             return None
         return self._made(self._kind(unit), num_units, layouts, group.rows)
@@ -202,17 +203,14 @@ class _Finder:
 
     def _head(self) -> Region | None:
         """A linear whose features are the program's result, each by itself: the vocabulary."""
-        (ids,) = self.flow.outputs
-        if ids is None:
+        if self.flow.outputs == [None]:
             return None
-        for node, produced in self.flow.produced.items():
-            classes = self.flow.class_of(produced)
-            last = self.flow.class_of(ids)
-            if len(set(classes)) == len(classes) and np.array_equal(classes, last):
-                layout = Layout("", len(classes), np.arange(len(classes)))
-                return self._made(RegionKind.HEAD, len(classes), {node: layout}, [])
-        self.refused.append(Refusal("head", "the logits are not one linear's features"))
-        return None
+        node = head_of(self.flow)
+        if node is None:
+            self.refused.append(Refusal("head", "the logits are not one linear's features"))
+            return None
+        size = len(self.flow.produced[node])
+        return self._made(RegionKind.HEAD, size, {node: Layout("", size, np.arange(size))}, [])
 
     def _refuse_rest(self, regions: list[Region]) -> None:
         """Says why the remaining projections stay replicated."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx
 
 from spdcompile.passes.base import module_path
-from spdcompile.passes.channelflow import Choices, Flow, follow_channels
+from spdcompile.passes.channelflow import Choices, Flow, follow_channels, head_of
 
 # A projection out of a latent dim that widens it by more is not worth a split by rows: the sums
 # of its wide output would cost more than the split of its narrow input saves.
@@ -43,10 +43,14 @@ class Roles:
         return len(set(self.flow.class_of(self.flow.consumed[node])))
 
 
-def decide_roles(graph: fx.Graph, params: frozenset[str], tp: int) -> Roles:
+def decide_roles(
+    graph: fx.Graph, params: frozenset[str], tp: int, *, ends_program: bool = False
+) -> Roles:
     """The roles that split the graph's projections over as many of `tp` ranks as they can."""
     decider = _Decider(graph, params, tp)
-    roles = decider.settle(Choices())
+    # Split by rows, a head would be summed over the vocabulary on every rank.
+    head = head_of(follow_channels(graph, params, Choices())) if ends_program else None
+    roles = decider.settle(Choices(head=head))
     tried: set[fx.Node] = set()
     while (node := decider.starved(roles, tried)) is not None:
         tried.add(node)
@@ -147,11 +151,25 @@ def _across(flow: Flow, nodes: set[fx.Node]) -> Iterator[fx.Node]:
 
 
 def _rows(flow: Flow) -> tuple[tuple[fx.Node, ...], dict[int, str]]:
-    """The projections to split by rows, and what must stay whole; later ones come first.
+    """The projections to split by rows, and what must stay whole."""
+    rows, whole, columns = _settled(flow, set())
+    feeding = _columns(flow, rows)
+    if feeding != columns:
+        # What only seemed to feed a split may itself be split by rows.
+        more = _settled(flow, feeding)
+        if set(more[0]) > set(rows):
+            rows, whole, _ = more
+    return rows, whole
+
+
+def _settled(
+    flow: Flow, columns: set[fx.Node]
+) -> tuple[tuple[fx.Node, ...], dict[int, str], set[fx.Node]]:
+    """Projections to split by rows, what must stay whole, and what was set aside for columns.
 
     A projection between two others is split by its output: the later split takes precedence.
     """
-    columns: set[fx.Node] = set()
+    columns = set(columns)
     while True:
         whole = _needed_whole(flow, columns)
         rows: list[fx.Node] = []
@@ -162,7 +180,7 @@ def _rows(flow: Flow) -> tuple[tuple[fx.Node, ...], dict[int, str]]:
         if not columns & flow.consumed.keys() & set(rows):
             found = _needed_whole(flow, columns)
             if found.keys() == whole.keys():
-                return tuple(reversed(rows)), whole
+                return tuple(reversed(rows)), whole, columns
 
 
 def _columns(flow: Flow, rows: tuple[fx.Node, ...]) -> set[fx.Node]:

@@ -213,3 +213,14 @@ def test_other_names_become_the_known_one(function: Callable[..., Any], target: 
     assert operators_of(program)[-1] is target
     found, wanted = run(program, x), function(x)
     assert found.dtype == wanted.dtype and torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("method", ["view_as", "reshape_as"])
+def test_a_view_as_another_value_reads_its_sizes_alone(method: str) -> None:
+    def function(x: Tensor, like: Tensor) -> Tensor:
+        return getattr(x, method)(like) * 2
+
+    x, like = torch.randn(5, 12), torch.randn(5, 3, 4)
+    program = normalize(exported(function, x, like, dynamic=True)).program
+    assert operators_of(program) == [aten.sym_size.int, aten.reshape.default, aten.mul.Tensor]
+    assert torch.equal(run(program, x[:4], like[:4]), function(x[:4], like[:4]))

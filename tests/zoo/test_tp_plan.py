@@ -17,21 +17,27 @@ from transformers import CONFIG_MAPPING
 from tests.import_rules import ROOT
 from tests.zoo.models import build, model_type
 from tests.zoo.pool import measure_all
-from tests.zoo.tp_compare import STYLES, Decision, Kind, Side, Weight, weights_of
+from tests.zoo.tp_compare import Decision, Kind, Side, Weight, weights_of
 from tests.zoo.tp_plan import Compared, compare, complaints, planned, render, unexplained
 from tests.zoo.tp_reasons import REASONS
+from tests.zoo.tp_styles import STYLES
 
 SLICE = (
     "cohere2",  # attention and MLP in parallel
     "deepseek_v3",  # latent attention, experts, shared experts
+    "gemma3n_text",  # K and V shared between layers
     "gpt_neox",  # fused projections by head
     "granite_swa",  # sinks
     "granitemoe",  # a plan for the experts only
+    "inkling_text",  # fused experts that theirs cuts through
     "llama",
+    "llama@mqa",
+    "llama@uneven",  # heads that cannot be dealt evenly
     "llama4_text",  # experts whose weights are [in, out]
     "mixtral",
     "olmo2",  # norms over all heads
     "phi3",  # fused projections, one part after the other
+    "qwen3_next",  # recurrence
 )
 compared = cache(compare)
 
@@ -72,14 +78,15 @@ def _wrong(weight: Weight) -> Iterator[tuple[Kind, Decision]]:
     yield Kind.THEIRS, Decision()
 
 
-def test_report_each_wrong_decision() -> None:
-    for weight in compared("llama").weights:
-        if weight.kind is Kind.SAME:
+@pytest.mark.parametrize("entry", SLICE)
+def test_report_each_wrong_decision(entry: str) -> None:
+    for weight in compared(entry).weights:
+        if weight.kind is Kind.SAME and weight.ours.side is not Side.WHOLE:
             for kind, ours in _wrong(weight):
                 wrong = replace(weight, ours=ours)
                 assert wrong.kind is kind
-                (text,) = unexplained("llama", [wrong])
-                assert f"llama: {weight.module}: theirs {weight.theirs.side}" in text
+                (text,) = unexplained(entry, [wrong])
+                assert f"{entry}: {weight.module}: theirs {weight.theirs.side}" in text
                 assert f"ours {ours.side}" in text
 
 

@@ -20,6 +20,8 @@ from spdcompile.passes import pipeline
 from spdcompile.passes.base import ParamRef, Part, Program, Refusal, RegionKind, module_path
 from spdcompile.passes.projections import projection_of
 from tests.zoo.table import generic
+from tests.zoo.tp_styles import STYLES, Style
+from tests.zoo.tp_witness import Witness, takes_shares
 
 TP = 2
 
@@ -41,40 +43,6 @@ class Kind(StrEnum):
     OPPOSITE = "one splits by columns, the other by rows"
     INDICES = "split along the same dim, other indices on a rank"
     GATHERED = "split along the same dim, but theirs makes or reads the activation whole"
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """What a style of transformers does to a parameter in the forward pass.
-
-    Args:
-        dim: the dim that it cuts, counted from the end; None if every rank holds the whole.
-        parts: stretches of equal length that are cut each by itself.
-        gathers: outside of the module, every rank has the whole activation at the cut side.
-    """
-
-    dim: int | None = None
-    parts: int = 1
-    gathers: bool = False
-
-
-STYLES: Mapping[str, Style] = {
-    "colwise": Style(-2),
-    "colwise_gather_output": Style(-2, gathers=True),
-    "packed_colwise": Style(-2, parts=2),
-    "rowwise": Style(-1),
-    "rowwise_split_input": Style(-1, gathers=True),
-    "packed_rowwise": Style(-1, parts=2),
-    "embedding_rowwise": Style(-2),
-    "embedding_colwise": Style(-1),
-    "replicate": Style(),
-    "replicated_with_grad_allreduce": Style(),
-    "mla_kv_a_proj": Style(),
-    "all_reduce": Style(),
-    "moe_tp_experts": Style(),
-    "moe_identity_expert": Style(),
-    "local_params": Style(),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +70,13 @@ class Weight:
         words: why the compiler keeps it whole, or "".
         sums: what else than regions the compiler sums over the ranks in its block.
         left_out: theirs splits no weight of its region.
+        uneven: the units of its region cannot be dealt evenly.
+        packed: ours cuts it as "packed_colwise" would.
+        reader: the operators that take it, where none contracts with it or looks up in it.
+        elsewhere: all such readers of the module's weights in any block.
+        operators: what computes on its features, where it stays whole.
+        shared_heads: "leaves" or "arrives" if attention on its features shares K between blocks.
+        takes: each rank takes its share of it at run time.
     """
 
     module: str
@@ -112,6 +87,13 @@ class Weight:
     words: str = ""
     sums: str = ""
     left_out: bool = True
+    uneven: bool = False
+    packed: bool = False
+    reader: str = ""
+    elsewhere: str = ""
+    operators: str = ""
+    shared_heads: str = ""
+    takes: bool = False
 
     @property
     def alike(self) -> bool:
@@ -161,7 +143,17 @@ def weights_of(model: PreTrainedModel) -> list[Weight]:
     """
     found = list(_Comparison(model).weights())
     reached = {weight.region for weight in found if weight.theirs.side is not Side.WHOLE}
-    return [replace(weight, left_out=weight.region not in reached) for weight in found]
+    readers: dict[str, set[str]] = {}
+    for weight in found:
+        readers.setdefault(weight.module, set()).add(weight.reader)
+    return [
+        replace(
+            weight,
+            left_out=weight.region not in reached,
+            elsewhere=", ".join(sorted(filter(None, readers[weight.module]))),
+        )
+        for weight in found
+    ]
 
 
 class _Comparison:
@@ -184,6 +176,7 @@ class _Comparison:
     def weights(self) -> Iterator[Weight]:
         for early, late in zip(self.split.parts, self.last.parts, strict=True):
             graph = self.split.graph_of(early).module.graph
+            witness = Witness(self.split, early, TP)
             found = {name: dims for name, dims in _readers(graph, frozenset(early.params))}
             for name, ref in early.params.items():
                 if ref.constant or ref.fqn not in self.names:
@@ -192,7 +185,20 @@ class _Comparison:
                 fqn = self._name(ref, reader)
                 own = generic_name(fqn) in self.plan
                 if reader is not None or own or (len(ref.shape) > 1 and style_of(fqn, self.plan)):
-                    yield self._weight(late, name, fqn, out_dim)
+                    weight = self._weight(late, name, fqn, out_dim)
+                    if reader is None:
+                        weight = replace(weight, reader=witness.readers(name))
+                    yield self._witnessed(weight, witness, late, name)
+
+    def _witnessed(self, weight: Weight, witness: Witness, part: Part, name: str) -> Weight:
+        if weight.kind is not Kind.THEIRS:
+            return weight
+        return replace(
+            weight,
+            operators=witness.operators(name),
+            shared_heads=witness.shared_heads(name),
+            takes=takes_shares(self.last.graph_of(part).module.graph, name),
+        )
 
     def _name(self, ref: ParamRef, reader: fx.Node | None) -> str:
         """The name, among those of a tied parameter, of the module that reads it."""
@@ -206,8 +212,9 @@ class _Comparison:
         shape = ref.shape[::-1] if ref.transposed else ref.shape
         flipped = 1 - out_dim if ref.transposed else out_dim
         ours = self._ours(part, name, out_dim)
-        regions = self.regions.graph_of(part).regions
-        region = next((r.name for r in regions if name in (*r.columns, *r.rows)), "")
+        found = [r for r in self.regions.graph_of(part).regions if name in (*r.columns, *r.rows)]
+        region = found[0].name if found else ""
+        packable = ours.side is Side.COLUMNS and shape[flipped] % (2 * TP) == 0
         return Weight(
             generic_name(fqn).removesuffix(".weight"),
             style,
@@ -216,6 +223,8 @@ class _Comparison:
             f"{part.graph} {region}" if region else "",
             self._words(part, fqn, region) if ours.side is Side.WHOLE else "",
             ", ".join(sorted(set(block.partials) - {r.name for r in block.regions})),
+            uneven=any(r.num_units % TP for r in found),
+            packed=packable and ours.held == _held(shape[flipped], parts=2),
         )
 
     def _ours(self, part: Part, name: str, out_dim: int) -> Decision:
@@ -238,7 +247,7 @@ class _Comparison:
 
         def concerns(refusal: Refusal) -> bool:
             subjects = [generic_name(subject) for subject in refusal.subject.split(", ")]
-            return generic_name(fqn.removesuffix(".weight")) in subjects or region in subjects
+            return generic_name(fqn.rpartition(".")[0]) in subjects or region in subjects
 
         found = [r.reason for r in self.refusals if r.graph == part.graph and concerns(r)]
         return generic("; ".join(dict.fromkeys(found)))
@@ -258,9 +267,13 @@ def _theirs(style: Style, shape: tuple[int, ...], out_dim: int) -> Decision:
     if style.dim is None:
         return Decision()
     dim = max(len(shape) + style.dim, 0)
-    stretches = np.arange(shape[dim]).reshape(style.parts, -1)
-    held = [chunk.reshape(-1) for chunk in np.array_split(stretches, TP, axis=1)]
-    return Decision(_side(dim, out_dim), _indices(held), style.gathers)
+    return Decision(_side(dim, out_dim), _held(shape[dim], style.parts), style.gathers)
+
+
+def _held(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
+    """The indices that each rank holds of `parts` stretches, each of which is cut by itself."""
+    stretches = np.arange(size).reshape(parts, -1)
+    return _indices([chunk.reshape(-1) for chunk in np.array_split(stretches, TP, axis=1)])
 
 
 def _side(dim: int, out_dim: int) -> Side:
@@ -268,4 +281,4 @@ def _side(dim: int, out_dim: int) -> Side:
 
 
 def _indices(held: Iterable[np.ndarray]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(map(int, indices)) for indices in held)
+    return tuple(tuple(int(index) for index in indices if index >= 0) for indices in held)
