@@ -104,6 +104,7 @@ def _program(model: PreTrainedModel) -> Program:
         layers=path,
         positions=positions,
         constants=constants,
+        min_length=exported.min_length,
         max_length=exported.max_length,
     )
 

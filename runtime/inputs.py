@@ -18,7 +18,8 @@ def program_inputs(
     """A program's three inputs, those that are absent filled in as the model itself would.
 
     Raises:
-        UsageError: a tensor of another shape or kind, or longer than the program takes.
+        UsageError: a tensor of another shape or kind, or of a length that the program does not
+            take.
     """
     _check_ids("input_ids", input_ids, None)
     _check_length(program, input_ids)
@@ -41,7 +42,15 @@ def program_inputs(
 
 
 def _check_length(program: Program, input_ids: Tensor) -> None:
-    longest, length = program.max_length, input_ids.shape[1]
+    shortest, longest, length = program.min_length, program.max_length, input_ids.shape[1]
+    if length < shortest:
+        raise UsageError(
+            "The input is too short.",
+            where="input_ids",
+            found=f"{length} tokens",
+            needed=f"at least {shortest}, below which the captured graph does not hold",
+            fix="pad it on the left, with 0 in the attention mask",
+        )
     if longest is not None and length > longest:
         raise UsageError(
             "The input is too long.",
