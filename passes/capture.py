@@ -15,7 +15,7 @@ from spdcompile.passes.attention_interface import (
     UnsupportedAttentionError,
     attention_as_operator,
     check_attention,
-    own_attention,
+    plain_attention,
     take_mask_from_input,
 )
 from spdcompile.passes.base import (
@@ -72,9 +72,21 @@ def capture(model: PreTrainedModel) -> PassResult:
                 check_attention(program.graphs["model"].module.graph)
         except UnsupportedAttentionError as why:
             refusals = (Refusal("attention as one operator", str(why)),)
-            with own_attention(model):
-                program = _program(model)
+            program = _program_of_own_attention(model)
     return PassResult(replace(program, refusals=refusals), rewrites=1, refusals=refusals)
+
+
+def _program_of_own_attention(model: PreTrainedModel) -> Program:
+    """The program with the attention that the model is set to, or else with the plain form.
+
+    The two differ in what a token gets that may attend to none, as padding before a text, and some
+    models let other tokens see that.
+    """
+    try:
+        return _program(model)
+    except CaptureError:
+        with plain_attention(model):
+            return _program(model)
 
 
 def _program(model: PreTrainedModel) -> Program:
