@@ -22,6 +22,7 @@ from spdcompile.runtime.weights import checkpoint_tensors
 from tests.compare import rel_err
 from tests.zoo.models import build, left_padded, token_ids
 
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 BOUND = 1e-5  # float32, relative to the largest logit; most are equal to the last bit
 
 # Entry -> operators that its graph has, and how many.
@@ -101,6 +102,29 @@ def test_length_is_bounded_where_the_model_takes_another_path() -> None:
     assert program_inputs(program, longest)["input_ids"] is longest
     with pytest.raises(UsageError, match=f"at most {program.max_length}"):
         program_inputs(program, torch.ones((1, program.max_length + 1), dtype=torch.long))
+
+
+def test_length_is_bounded_from_below_too() -> None:
+    model = build("zaya")
+    program = capture(model).program
+    run = _runner(model, program)
+    for length in (program.min_length, 5, 13):
+        ids = token_ids((2, length), model.config.vocab_size)
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits
+        assert rel_err(run(ids, torch.ones_like(ids)), expected) < BOUND
+    assert program.min_length > 1
+    with pytest.raises(UsageError, match=f"at least {program.min_length}"):
+        program_inputs(program, torch.ones((1, program.min_length - 1), dtype=torch.long))
+
+
+def test_attention_that_is_no_operator_stays_what_the_model_is_set_to() -> None:
+    model = build("minimax_m3_vl_text")
+    graph = capture(model).program.graphs["model"].module.graph
+    assert any(node.target is SDPA for node in graph.nodes)
+    model.set_attn_implementation("eager")
+    graph = capture(model).program.graphs["model"].module.graph
+    assert not any(node.target is SDPA for node in graph.nodes)
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,11 @@ SLICE = (
     "gemma3_text",  # norms on each side, windows, tied head
     "gpt_neox@seq",  # fused projections by head, partial rotary
     "granite_swa",  # sinks
+    "minimax_m3_vl_text",  # real tokens that see what padding computes
     "mixtral",  # experts
     "olmo2",  # norms over all heads
     "opt@350m",  # learned positions, projections around the blocks
+    "prophetnet",  # reads each token three times; biases of heads that mix tokens
     "youtu",  # latent attention
 )
 
