@@ -27,11 +27,9 @@ from spdcompile.passes.base import (
     Program,
     Refusal,
 )
-from spdcompile.passes.export import INPUTS, Exported, export
+from spdcompile.passes.export import INPUTS, Exported, export, failure
 from spdcompile.passes.patches import patched_for_export
 from spdcompile.passes.positions import default_positions_of
-
-_MAX_ERROR_LINES = 4
 
 
 class _Captured(nn.Module):
@@ -127,7 +125,7 @@ def _exported(module: _Captured, model: PreTrainedModel) -> Exported:
     except UnsupportedAttentionError:
         raise
     except Exception as error:
-        found = error.found if isinstance(error, CaptureError) else _first_lines(error)
+        found = error.found if isinstance(error, CaptureError) else failure(error)
         raise CaptureError(
             f"{type(model).__name__} cannot be captured as one graph.",
             where=f"torch.export of {type(model).__module__}",
@@ -135,12 +133,6 @@ def _exported(module: _Captured, model: PreTrainedModel) -> Exported:
             needed="a forward pass without data-dependent control flow",
             fix="see docs of torch.export, or report the architecture",
         ) from error
-
-
-def _first_lines(error: Exception) -> str:
-    """The error and what follows in the same paragraph, without repetitions."""
-    lines = str(error).strip().split("\n\n")[0].splitlines()[:_MAX_ERROR_LINES]
-    return f"{type(error).__name__}: " + "\n".join(dict.fromkeys(lines))
 
 
 def _params(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -21,6 +23,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")
 _BATCH, _LENGTH = 3, 11
 # How torch says so; the second where it cannot even say what would be needed.
 _UNPROVED = ("Constraints violated", "Cannot create Dim with inconsistent")
+_MAX_ERROR_LINES = 4
 _BATCHES_TRIED = (1, 2, 3, 7)
 _LONGEST_TRIED = 2**18
 _ASSERT = torch.ops.aten._assert_scalar.default
@@ -68,6 +71,15 @@ def export(module: nn.Module, device: torch.device) -> Exported:
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         return Exported(_functional(exported), *_lengths(exported))
+
+
+def failure(error: Exception) -> str:
+    """An error in a few lines, with the line of the model's code that it comes from."""
+    lines = str(error).strip().split("\n\n")[0].splitlines()[:_MAX_ERROR_LINES]
+    text = f"{type(error).__name__}: " + "\n".join(dict.fromkeys(lines))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "modeling_" in Path(frame.filename).name]
+    return f"{text}\nin {own[-1].name}: {own[-1].line}" if own else text
 
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:
