@@ -101,6 +101,14 @@ def _addmm(node: fx.Node, params: dict[str, ParamRef]) -> fx.Node | None:
     return _insert(node, aten.linear.default, (x, weight, bias))
 
 
+def _matrix_transpose(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
+    """x.mT"""
+    if node.target is not aten.mT.default:
+        return None
+    ndim = node.meta["val"].dim()
+    return _insert(node, aten.transpose.int, (node.args[0], ndim - 2, ndim - 1))
+
+
 def _matmul(node: fx.Node, params: dict[str, ParamRef]) -> fx.Node | None:
     """x @ W.T, as Falcon has it; x @ W with W [in, out]."""
     if node.target not in (aten.matmul.default, aten.mm.default):
@@ -129,7 +137,8 @@ def _is_zero(size: object) -> bool:
 
 
 _REWRITES: tuple[Rewrite, ...] = (
-    *(_alias, _idle_dropout, _cast, _view, _addmm, _matmul, _cat_of_nothing, grouped_mm),
+    *(_alias, _idle_dropout, _cast, _view, _addmm, _matrix_transpose, _matmul, _cat_of_nothing),
+    grouped_mm,
     *(other_name, given_sizes, padding, overwrite, write_slice, write_index, read_slice),
 )
 

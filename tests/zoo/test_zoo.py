@@ -46,6 +46,16 @@ def test_equal_the_unsharded_model(entry: str) -> None:
     assert row.is_exact, row.failure or row.runs[0].failure
 
 
+# Experts of which each is a part of one matrix; that are some of a tensor; that attend.
+@pytest.mark.parametrize("entry", ["dbrx", "longcat_flash", "jetmoe"])
+def test_split_experts_that_lie_otherwise_in_their_weights(entry: str) -> None:
+    row = measure(entry, (3,))
+    assert row.structure is not None
+    experts = row.structure.weights["experts"]
+    assert experts.split == experts.total > 0
+    assert row.is_exact, row.runs[0]
+
+
 def test_cover_every_type_of_the_mapping() -> None:
     missing = uncovered_types()
     assert not missing, (
