@@ -49,6 +49,21 @@ def other_name(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
         return add_call(node.graph, target, node.args, node.meta, node.kwargs)
 
 
+def as_other(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
+    """x.reshape_as(y) and the like as a reshape to the sizes of y, whose values do not matter."""
+    if node.target not in (aten.reshape_as.default, aten.view_as.default):
+        return None
+    x, other = node.args
+    with node.graph.inserting_before(node):
+        sizes = [
+            size
+            if isinstance(size, int)
+            else add_call(node.graph, aten.sym_size.int, (other, dim), {"val": size})
+            for dim, size in enumerate(other.meta["val"].shape)
+        ]
+        return add_call(node.graph, aten.reshape.default, (x, sizes), node.meta)
+
+
 def given_sizes(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
     """x.new_zeros(sizes) and the like read no more of x than what a fake tensor knows too."""
     target = _NEW.get(node.target)

@@ -15,6 +15,7 @@ from torch import fx
 from spdcompile.passes.base import BlockGraph, ParamRef, PassResult, Program, add_call
 from spdcompile.passes.experts import grouped_mm
 from spdcompile.passes.moves import (
+    as_other,
     fixed_index,
     given_sizes,
     other_name,
@@ -139,7 +140,7 @@ def _is_zero(size: object) -> bool:
 _REWRITES: tuple[Rewrite, ...] = (
     *(_alias, _idle_dropout, _cast, _view, _addmm, _matrix_transpose, _matmul, _cat_of_nothing),
     grouped_mm,
-    *(other_name, given_sizes, padding, overwrite, write_slice, write_index, read_slice),
+    *(other_name, as_other, given_sizes, padding, overwrite, write_slice, write_index, read_slice),
 )
 
 

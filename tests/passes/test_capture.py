@@ -38,6 +38,7 @@ OPERATORS: dict[str, dict[fx.node.Target, int]] = {
     "dbrx": {GROUPED_MM: 6, ATTENTION: 2},  # loops over the experts that data chose
     "longcat_flash": {GROUPED_MM: 4},  # experts that give their input back
     "jetmoe": {GROUPED_MM: 8, ATTENTION: 2},  # experts in the attention too
+    "stablelm@par": {ATTENTION: 2, torch.ops.aten.layer_norm.default: 7},  # a norm for each head
     "cpmant": {},  # a constant of the length, and a prompt of its own
     "doge": {CALL: 2},  # another path for long inputs
     "aria_text": {ATTENTION: 2},  # a condition on sizes that torch cannot prove

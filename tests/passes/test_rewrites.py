@@ -90,6 +90,19 @@ def test_experts_become_one_operator(dtype: torch.dtype, target: Callable[..., A
     assert GROUPED_MM not in operators_of(program)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_sizes_of_another_value_become_sizes(dynamic: bool) -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return x.reshape_as(y) + x.view_as(y).mT.mT
+
+    x, y = torch.randn(5, 6), torch.randn(5, 2, 3)
+    program = normalize(exported(function, x, y, dynamic=dynamic)).program
+    assert {aten.reshape_as.default, aten.view_as.default, aten.mT.default}.isdisjoint(
+        operators_of(program)
+    )
+    assert run(program, x, y).equal(function(x, y))
+
+
 def test_grouped_product_of_blocks_stays() -> None:
     a, b = torch.randn(3, 8, 8).bfloat16(), torch.randn(3, 8, 16).bfloat16()
     program = normalize(exported(F.grouped_mm, a, b)).program

@@ -56,6 +56,16 @@ def test_split_experts_that_lie_otherwise_in_their_weights(entry: str) -> None:
     assert row.is_exact, row.runs[0]
 
 
+# Sizes taken from another value; norms that are a module for each head.
+@pytest.mark.parametrize("entry", ["roformer", "stablelm@par"])
+def test_split_attention_that_was_whole_for_its_spelling(entry: str) -> None:
+    row = measure(entry, (3,))
+    assert row.structure is not None
+    attention = row.structure.weights["attention"]
+    assert attention.split == attention.total > 0
+    assert row.is_exact, row.runs[0]
+
+
 def test_cover_every_type_of_the_mapping() -> None:
     missing = uncovered_types()
     assert not missing, (
