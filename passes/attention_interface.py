@@ -82,8 +82,8 @@ def attention_as_operator(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Keeps the model's own attention, in plain operators where it has a choice.
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Has the model write its attention in plain operators, where it has a choice.
 
     The scaled-dot-product form may decide by the mask's data, which no graph can hold.
     """

@@ -194,7 +194,8 @@ class Program:
         layers: module path of the list of decoder blocks ("model.layers").
         positions: how absent position ids are made (`Positions`), None if the model takes none.
         constants: data that is no checkpoint tensor (rotary frequencies, index tables).
-        max_length: the longest input that the program holds for, None for any.
+        min_length: the shortest input that the program holds for.
+        max_length: the longest one, None for any.
         one_start: whether new tokens must begin at one column for all sequences of a batch.
     """
 
@@ -207,6 +208,7 @@ class Program:
     positions: Positions | None = None
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
+    min_length: int = 1
     max_length: int | None = None
     one_start: bool = False
 

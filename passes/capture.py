@@ -15,7 +15,7 @@ from spdcompile.passes.attention_interface import (
     UnsupportedAttentionError,
     attention_as_operator,
     check_attention,
-    own_attention,
+    plain_attention,
     take_mask_from_input,
 )
 from spdcompile.passes.base import (
@@ -27,11 +27,9 @@ from spdcompile.passes.base import (
     Program,
     Refusal,
 )
-from spdcompile.passes.export import INPUTS, Exported, export
+from spdcompile.passes.export import INPUTS, Exported, export, failure
 from spdcompile.passes.patches import patched_for_export
 from spdcompile.passes.positions import default_positions_of
-
-_MAX_ERROR_LINES = 4
 
 
 class _Captured(nn.Module):
@@ -72,9 +70,21 @@ def capture(model: PreTrainedModel) -> PassResult:
                 check_attention(program.graphs["model"].module.graph)
         except UnsupportedAttentionError as why:
             refusals = (Refusal("attention as one operator", str(why)),)
-            with own_attention(model):
-                program = _program(model)
+            program = _program_of_own_attention(model)
     return PassResult(replace(program, refusals=refusals), rewrites=1, refusals=refusals)
+
+
+def _program_of_own_attention(model: PreTrainedModel) -> Program:
+    """The program with the attention that the model is set to, or else with the plain form.
+
+    The two differ in what a token gets that may attend to none, as padding before a text, and some
+    models let other tokens see that.
+    """
+    try:
+        return _program(model)
+    except CaptureError:
+        with plain_attention(model):
+            return _program(model)
 
 
 def _program(model: PreTrainedModel) -> Program:
@@ -104,6 +114,7 @@ def _program(model: PreTrainedModel) -> Program:
         layers=path,
         positions=positions,
         constants=constants,
+        min_length=exported.min_length,
         max_length=exported.max_length,
     )
 
@@ -114,7 +125,7 @@ def _exported(module: _Captured, model: PreTrainedModel) -> Exported:
     except UnsupportedAttentionError:
         raise
     except Exception as error:
-        found = error.found if isinstance(error, CaptureError) else _first_lines(error)
+        found = error.found if isinstance(error, CaptureError) else failure(error)
         raise CaptureError(
             f"{type(model).__name__} cannot be captured as one graph.",
             where=f"torch.export of {type(model).__module__}",
@@ -122,12 +133,6 @@ def _exported(module: _Captured, model: PreTrainedModel) -> Exported:
             needed="a forward pass without data-dependent control flow",
             fix="see docs of torch.export, or report the architecture",
         ) from error
-
-
-def _first_lines(error: Exception) -> str:
-    """The error and what follows in the same paragraph, without repetitions."""
-    lines = str(error).strip().split("\n\n")[0].splitlines()[:_MAX_ERROR_LINES]
-    return f"{type(error).__name__}: " + "\n".join(dict.fromkeys(lines))
 
 
 def _params(

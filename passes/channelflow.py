@@ -155,6 +155,7 @@ def _project(
     flow.projections[node] = projection
     if given is not None:
         flow.consumed[node] = given.reshape(-1, given.shape[-1])[0]
-    out = channels.fresh(projection.weight.meta["val"].shape[projection.out_dim])
+    features = projection.weight.meta["val"].shape[projection.out_dim]
+    out = channels.fresh(features // projection.times(projection.out_dim))
     flow.produced[node] = out
     return out.expand(shape_at_one(node.meta["val"]))

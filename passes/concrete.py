@@ -1,4 +1,4 @@
-"""Graph nodes as calls with concrete sizes: batch and sequence length set to 1."""
+"""Graph nodes as calls with concrete sizes: batch and sequence length set to 1, or to others."""
 
 from __future__ import annotations
 
@@ -17,6 +17,28 @@ def size_at_one(size: Any) -> int:
         return size
     expression = size.node.expr
     return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+
+
+class UnlikeSizes:
+    """Sizes with every symbol set to a prime of its own."""
+
+    def __init__(self) -> None:
+        self._primes = iter((3, 5, 7, 11, 13, 17, 19, 23))
+        self._values: dict[Any, int] = {}
+
+    def __call__(self, size: Any) -> int:
+        """The size.
+
+        Raises:
+            StopIteration: there are more symbols than primes here.
+        """
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        for symbol in sorted(expression.free_symbols, key=str):
+            if symbol not in self._values:
+                self._values[symbol] = next(self._primes)
+        return int(expression.subs(self._values))
 
 
 def shape_at_one(value: torch.Tensor) -> tuple[int, ...]:

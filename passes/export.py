@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -21,6 +23,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids")
 _BATCH, _LENGTH = 3, 11
 # How torch says so; the second where it cannot even say what would be needed.
 _UNPROVED = ("Constraints violated", "Cannot create Dim with inconsistent")
+_MAX_ERROR_LINES = 4
 _BATCHES_TRIED = (1, 2, 3, 7)
 _LONGEST_TRIED = 2**18
 _ASSERT = torch.ops.aten._assert_scalar.default
@@ -28,10 +31,11 @@ _ASSERT = torch.ops.aten._assert_scalar.default
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """An exported program and the longest input that it holds for, None for any."""
+    """An exported program and the shortest and longest input that it holds for, None for any."""
 
     program: ExportedProgram
-    max_length: int | None
+    min_length: int = 1
+    max_length: int | None = None
 
 
 def export(module: nn.Module, device: torch.device) -> Exported:
@@ -41,10 +45,10 @@ def export(module: nn.Module, device: torch.device) -> Exported:
         module: takes int64 [B, S] three times, and checks that they are of one size.
 
     Where tracing met a condition on the sizes that torch cannot prove, it is tried on sizes here;
-    one that fails from some length on bounds the length.
+    the lengths at which one fails bound the length from above and from below.
 
     Raises:
-        CaptureError: a condition fails at length 1, or depends on data.
+        CaptureError: a condition depends on data or fails for some batch whatever the length.
     """
     ids = torch.ones((_BATCH, _LENGTH), dtype=torch.long, device=device)
     inputs = (ids, torch.ones_like(ids), torch.zeros_like(ids))
@@ -54,7 +58,7 @@ def export(module: nn.Module, device: torch.device) -> Exported:
             exported = torch.export.export(
                 module, inputs, dynamic_shapes=dict.fromkeys(INPUTS, named), strict=False
             )
-            return Exported(_functional(exported), None)
+            return Exported(_functional(exported))
         except (UserError, AssertionError) as error:
             if not str(error).startswith(_UNPROVED):
                 raise
@@ -66,7 +70,16 @@ def export(module: nn.Module, device: torch.device) -> Exported:
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        return Exported(_functional(exported), _max_length(exported))
+        return Exported(_functional(exported), *_lengths(exported))
+
+
+def failure(error: Exception) -> str:
+    """An error in a few lines, with the line of the model's code that it comes from."""
+    lines = str(error).strip().split("\n\n")[0].splitlines()[:_MAX_ERROR_LINES]
+    text = f"{type(error).__name__}: " + "\n".join(dict.fromkeys(lines))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "modeling_" in Path(frame.filename).name]
+    return f"{text}\nin {own[-1].name}: {own[-1].line}" if own else text
 
 
 def _functional(exported: ExportedProgram) -> ExportedProgram:
@@ -83,8 +96,8 @@ def _functional(exported: ExportedProgram) -> ExportedProgram:
         return exported.run_decompositions({})
 
 
-def _max_length(exported: ExportedProgram) -> int | None:
-    """The longest input for which every condition that tracing relied on holds.
+def _lengths(exported: ExportedProgram) -> tuple[int, int | None]:
+    """The shortest and the longest input between which every condition of the tracing holds.
 
     Conditions are made of the sizes and of constants by sums, products, divisions, minima and
     maxima, so that nothing new happens beyond a multiple of the largest constant: they are tried
@@ -92,9 +105,10 @@ def _max_length(exported: ExportedProgram) -> int | None:
     """
     ids = next(node for node in exported.graph.nodes if node.name == INPUTS[0])
     batch, length = (size.node.expr for size in ids.meta["val"].shape)
+    _check_batch(exported, batch)
     bound = exported.range_constraints[length]
-    if bound.lower > 2:  # torch takes 2 for granted, and 1 behaves like it but for layouts
-        raise _refusal(sympy.Ge(length, bound.lower))
+    # torch takes 2 for granted, and 1 behaves like it but for layouts.
+    shortest = int(bound.lower) if bound.lower > 2 else 1
     longest = int(bound.upper) if bound.upper.is_Integer else None
     for condition in _conditions(exported.graph):
         if condition.free_symbols - {batch, length}:
@@ -103,13 +117,24 @@ def _max_length(exported: ExportedProgram) -> int | None:
         batches = _BATCHES_TRIED if batch in condition.free_symbols else (_BATCH,)
         constants = [abs(int(atom)) for atom in condition.atoms(sympy.Integer)]
         last = min(2 * max(constants, default=0) + 64, longest or _LONGEST_TRIED)
-        for size in range(1, last + 1):
-            if not all(holds(number, size) for number in batches):
-                if size == 1:
-                    raise _refusal(condition)
+        for size in range(shortest, last + 1):
+            if all(holds(number, size) for number in batches):
+                continue
+            if size == _LENGTH:
+                raise _refusal(condition)
+            if size > _LENGTH:
                 longest = size - 1
                 break
-    return longest
+            shortest = size + 1
+    return shortest, longest
+
+
+def _check_batch(exported: ExportedProgram, batch: sympy.Symbol) -> None:
+    bound = exported.range_constraints[batch]
+    if bound.lower > 2:
+        raise _refusal(sympy.Ge(batch, bound.lower))
+    if bound.upper.is_Integer:
+        raise _refusal(sympy.Le(batch, bound.upper))
 
 
 def _conditions(graph: fx.Graph) -> Iterator[Any]:

@@ -49,6 +49,21 @@ def other_name(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
         return add_call(node.graph, target, node.args, node.meta, node.kwargs)
 
 
+def as_other(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
+    """x.reshape_as(y) and the like as a reshape to the sizes of y, whose values do not matter."""
+    if node.target not in (aten.reshape_as.default, aten.view_as.default):
+        return None
+    x, other = node.args
+    with node.graph.inserting_before(node):
+        sizes = [
+            size
+            if isinstance(size, int)
+            else add_call(node.graph, aten.sym_size.int, (other, dim), {"val": size})
+            for dim, size in enumerate(other.meta["val"].shape)
+        ]
+        return add_call(node.graph, aten.reshape.default, (x, sizes), node.meta)
+
+
 def given_sizes(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
     """x.new_zeros(sizes) and the like read no more of x than what a fake tensor knows too."""
     target = _NEW.get(node.target)
@@ -58,19 +73,6 @@ def given_sizes(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
     kwargs = {"dtype": value.dtype, "device": value.device}
     with node.graph.inserting_before(node):
         return add_call(node.graph, target, node.args[1:], node.meta, kwargs)
-
-
-def view_as(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
-    """view_as(x, like) reads no more of `like` than its sizes."""
-    if node.target not in (aten.view_as.default, aten.reshape_as.default):
-        return None
-    x, like = node.args
-    sizes: list[Any] = list(like.meta["val"].shape)
-    with node.graph.inserting_before(node):
-        for dim, size in enumerate(sizes):
-            if not isinstance(size, int):
-                sizes[dim] = add_call(node.graph, aten.sym_size.int, (like, dim), {"val": size})
-        return add_call(node.graph, aten.reshape.default, (x, sizes), node.meta)
 
 
 def padding(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:

@@ -15,13 +15,13 @@ from torch import fx
 from spdcompile.passes.base import BlockGraph, ParamRef, PassResult, Program, add_call
 from spdcompile.passes.experts import grouped_mm
 from spdcompile.passes.moves import (
+    as_other,
     fixed_index,
     given_sizes,
     other_name,
     overwrite,
     padding,
     read_slice,
-    view_as,
     write_index,
     write_slice,
 )
@@ -102,6 +102,14 @@ def _addmm(node: fx.Node, params: dict[str, ParamRef]) -> fx.Node | None:
     return _insert(node, aten.linear.default, (x, weight, bias))
 
 
+def _matrix_transpose(node: fx.Node, _: dict[str, ParamRef]) -> fx.Node | None:
+    """x.mT"""
+    if node.target is not aten.mT.default:
+        return None
+    ndim = node.meta["val"].dim()
+    return _insert(node, aten.transpose.int, (node.args[0], ndim - 2, ndim - 1))
+
+
 def _matmul(node: fx.Node, params: dict[str, ParamRef]) -> fx.Node | None:
     """x @ W.T, as Falcon has it; x @ W with W [in, out]."""
     if node.target not in (aten.matmul.default, aten.mm.default):
@@ -130,9 +138,9 @@ def _is_zero(size: object) -> bool:
 
 
 _REWRITES: tuple[Rewrite, ...] = (
-    *(_alias, _idle_dropout, _cast, _view, _addmm, _matmul, _cat_of_nothing, grouped_mm),
-    *(other_name, given_sizes, view_as, padding, overwrite),
-    *(write_slice, write_index, read_slice),
+    *(_alias, _idle_dropout, _cast, _view, _addmm, _matrix_transpose, _matmul, _cat_of_nothing),
+    grouped_mm,
+    *(other_name, as_other, given_sizes, padding, overwrite, write_slice, write_index, read_slice),
 )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from spdcompile.errors import CaptureError
 from spdcompile.passes._torch import FakeTensorMode, TorchDispatchMode, pytree
 from spdcompile.passes.base import Positions
+from spdcompile.passes.export import failure
 
 aten = torch.ops.aten
 
@@ -85,7 +86,7 @@ def default_positions_of(model: PreTrainedModel, layers: nn.ModuleList) -> Posit
         raise CaptureError(
             "Cannot tell how the model numbers its tokens.",
             where=type(model).__name__,
-            found=f"{type(error).__name__}: {error}",
+            found=failure(error),
             needed="a forward pass that runs without data up to the first decoder layer",
         ) from error
     raise CaptureError(

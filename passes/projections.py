@@ -19,14 +19,21 @@ class Projection:
 
     Args:
         value: what is projected, [..., in].
-        weight: the parameter's placeholder: [out, in], or [experts, ...] before these two.
+        weight: the parameter's placeholder: [out, in], or [experts, ...] before these two, or
+            [experts * out, in] and the like.
         out_dim, in_dim: the dims of the placeholder that hold the output and input features.
+        experts: how many experts the first of these dims holds one after the other, if it is 0.
     """
 
     value: fx.Node
     weight: fx.Node
     out_dim: int
     in_dim: int
+    experts: int = 1
+
+    def times(self, dim: int) -> int:
+        """How many times a dim of the placeholder holds the features."""
+        return self.experts if dim == 0 else 1
 
 
 def projection_of(node: fx.Node, params: frozenset[str]) -> Projection | None:
@@ -43,18 +50,35 @@ def projection_of(node: fx.Node, params: frozenset[str]) -> Projection | None:
         out_dim, in_dim = ndim - 1, ndim - 2
     else:
         return None
-    order = list(range(ndim))
+    order, experts = list(range(ndim)), 1
     while weight.op == "call_function":
         step = _STEPS.get(weight.target)
         if step is None or not isinstance(weight.args[0], fx.Node):
             return None
         if step == "swap":
-            i, j = _swapped(weight, ndim)
+            i, j = _swapped(weight, len(weight.meta["val"].shape))
             order = [{i: j, j: i}.get(dim, dim) for dim in order]
+        elif step == "unfold":
+            if not _takes_out_experts(weight):
+                return None
+            experts, order = weight.meta["val"].shape[0], [dim - 1 for dim in order]
+        elif step == "some" and not _keeps_some_experts(weight):
+            return None
         weight = weight.args[0]
-    if weight.name not in params:
-        return None
-    return Projection(value, weight, order[out_dim], order[in_dim])
+    found = Projection(value, weight, order[out_dim], order[in_dim], experts)
+    return found if weight.name in params and min(found.out_dim, found.in_dim) >= 0 else None
+
+
+def _takes_out_experts(node: fx.Node) -> bool:
+    """Whether a reshape makes [experts * n, m] to [experts, n, m]."""
+    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
+    return len(before) == 2 and len(after) == 3 and before[1] == after[2]
+
+
+def _keeps_some_experts(node: fx.Node) -> bool:
+    """Whether a slice is one of [experts, n, m] along the first dim."""
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return len(node.meta["val"].shape) == 3 and dim % 3 == 0
 
 
 def _swapped(node: fx.Node, ndim: int) -> tuple[int, int]:
@@ -66,11 +90,14 @@ def _swapped(node: fx.Node, ndim: int) -> tuple[int, int]:
 
 _OUT_IN = (aten.linear.default,)
 _IN_OUT = (aten.matmul.default, aten.mm.default, aten.bmm.default, GROUPED_MM)
-# What may lie between a parameter and its use: a swap of two dims, or a change of dtype.
+# What may lie between a parameter and its use: a swap of two dims, a change of dtype, experts
+# taken out of the first dim, some of them.
 _STEPS: Mapping[object, str] = {
     aten.transpose.int: "swap",
     aten.t.default: "swap",
     aten.numpy_T.default: "swap",
     aten.to.dtype: "keep",
     aten.contiguous.default: "keep",
+    aten.reshape.default: "unfold",
+    aten.slice.Tensor: "some",
 }

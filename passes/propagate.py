@@ -30,7 +30,7 @@ from spdcompile.passes.base import (
     add_call,
     module_path,
 )
-from spdcompile.passes.concrete import call_of
+from spdcompile.passes.concrete import UnlikeSizes, call_of
 from spdcompile.passes.layout import (
     Assignment,
     Layout,
@@ -41,6 +41,7 @@ from spdcompile.passes.layout import (
 from spdcompile.passes.linearity import tensor_args
 from spdcompile.passes.ops import GATHER, TAKE
 from spdcompile.passes.placement import RULES
+from spdcompile.passes.placement.folding import keeps_layouts
 from spdcompile.passes.placement.movement import Movement, Resize
 from spdcompile.passes.placement.types import Call, P, Placed, R, Shard, placed
 
@@ -132,7 +133,7 @@ class _Placer:
 
     def __post_init__(self) -> None:
         per_rank = {name: max(map(len, units)) for name, units in self.assignments.items()}
-        self.resize = Resize(per_rank)
+        self.resize, self.sizes = Resize(per_rank), UnlikeSizes()
         self.heads = {r.name for r in self.regions if r.kind is RegionKind.HEAD}
         self.seeds: dict[str, Shard] = {}
         for region in self.regions:
@@ -165,7 +166,7 @@ class _Placer:
             answer = _ask(call)
         if answer is None:
             self._refuse(node, call)
-        self._check_local(node, call, answer.out)
+        self._check_local(node, call, answer)
         tensors = tensor_args(node)
         for index, cut in answer.cuts.items():
             self.cuts.setdefault(tensors[index], {})[node] = cut
@@ -177,21 +178,24 @@ class _Placer:
             return False
         return any(node.args[1].name in region.rows for region in self.regions)
 
-    def _check_local(self, node: fx.Node, call: Call, out: Any) -> None:
-        """A rank must be able to run a data movement on its share alone."""
+    def _check_local(self, node: fx.Node, call: Call, answer: Placed) -> None:
+        """A rank must be able to run a data movement on its share alone, at every size."""
         rule = RULES.get(node.target)
         split = any(isinstance(operand.placement, Shard) for operand in call.operands())
         if isinstance(rule, Movement) and split:
+            sized = call_of(node, lambda arg: (self.placements[arg], None), self.sizes)
+            if not keeps_layouts(sized, answer.out, answer.cuts):
+                self._refuse(node, call, "mixes tokens into a split dim at")
             try:
-                rule.localize(call, call.args, out, self.resize)
+                rule.localize(call, call.args, answer.out, self.resize)
             except UnevenLayoutError:
                 self._refuse(node, call)
 
-    def _refuse(self, node: fx.Node, call: Call) -> None:
+    def _refuse(self, node: fx.Node, call: Call, why: str = "has no placement rule for") -> None:
         given = " ".join(str(o.placement) for o in call.operands())
         for operand in call.operands():
             if isinstance(operand.placement, Shard):
-                reason = f"{node.target} has no placement rule for {given} ({module_path(node)})"
+                reason = f"{node.target} {why} {given} ({module_path(node)})"
                 raise _RegionRefusedError(operand.placement.layout.region, reason, node.name)
         raise NoRuleError(
             f"{node.target} has no placement rule.",

@@ -160,9 +160,10 @@ class _Finder:
         for node, layout in layouts.items():
             projection = self.flow.projections[node]
             split = by_rows if node in rows else columns
-            split[projection.weight.name] = layout
-            in_rows = node in rows
-            dims[projection.weight.name] = projection.in_dim if in_rows else projection.out_dim
+            dim = projection.in_dim if node in rows else projection.out_dim
+            owners = np.tile(layout.owners, projection.times(dim))
+            split[projection.weight.name] = replace(layout, owners=owners)
+            dims[projection.weight.name] = dim
         linears = tuple(node.name for node in self.graph.nodes if node in layouts)
         return Region("", kind, num_units, columns, by_rows, dims, linears)
 

@@ -199,8 +199,21 @@ class _PartBuilder:
             if size.node.expr == wanted:
                 return self._create(node, (placeholder, dim))
         for size, placeholder, dim in sizes:
-            more = size.node.expr - wanted
-            if more.is_Integer:  # the model put tokens of its own before the caller's
-                whole = add_call(self.graph, node.target, (placeholder, dim), {"val": size})
-                return add_call(self.graph, operator.sub, (whole, int(more)), node.meta)
+            times = size.node.expr.coeff(wanted)  # the model may read each token several times
+            more = size.node.expr - times * wanted  # and put tokens of its own before them
+            if times.is_Integer and times > 0 and more.is_Integer:
+                return self._solved(node, (placeholder, dim, size), int(times), int(more))
         raise AssertionError(f"no input of part {self.index} has the size {wanted}")
+
+    def _solved(
+        self, node: fx.Node, source: tuple[fx.Node, int, torch.SymInt], times: int, more: int
+    ) -> fx.Node:
+        """The size of which a given one is a multiple and a constant more."""
+        placeholder, dim, size = source
+        found = add_call(self.graph, node.target, (placeholder, dim), {"val": size})
+        if more:
+            left = {"val": size - more} if times > 1 else node.meta
+            found = add_call(self.graph, operator.sub, (found, more), left)
+        if times > 1:
+            found = add_call(self.graph, operator.floordiv, (found, times), node.meta)
+        return found

@@ -70,6 +70,8 @@ def follow_tokens(program: Program) -> PassResult:
 def _marks(program: Program) -> dict[fx.Node, Any]:
     for refusal in program.refusals:
         raise _MixedError(f"{refusal.subject}: {refusal.reason}")
+    if program.min_length > 1:
+        raise _MixedError(f"its graph holds for {program.min_length} tokens and more")
     ids = _input_of(program, program.parts[0], program.inputs[0])
     length = ids.meta["val"].shape[1].node.expr
     values: dict[str, Any] = dict.fromkeys(program.inputs, Shard(1, _LAYOUT))

@@ -27,7 +27,8 @@ def program_inputs(
         cache: what is remembered of the tokens before, for a program that remembers.
 
     Raises:
-        UsageError: a tensor of another shape or kind, or longer than the program or cache takes.
+        UsageError: a tensor of another shape or kind, or of a length that the program or
+            cache does not take.
     """
     _check_ids("input_ids", input_ids, None)
     batch, num_new = input_ids.shape
@@ -56,7 +57,15 @@ def program_inputs(
 
 
 def _check_length(program: Program, length: int) -> None:
-    longest = program.max_length
+    shortest, longest = program.min_length, program.max_length
+    if length < shortest:
+        raise UsageError(
+            "The input is too short.",
+            where="input_ids",
+            found=f"{length} tokens",
+            needed=f"at least {shortest}, below which the captured graph does not hold",
+            fix="pad it on the left, with 0 in the attention mask",
+        )
     if longest is not None and length > longest:
         raise UsageError(
             "The input is too long.",

@@ -19,6 +19,7 @@ from spdcompile.generation import generate
 from spdcompile.models import ModelSource, resolve_model
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
+from spdcompile.passes.capture import decoder_layers
 from spdcompile.passes.tokens import SUBJECT as CACHE
 from spdcompile.plan import HeadGroups, Plan, Router, attention_points
 from spdcompile.report import Report, build_report
@@ -242,8 +243,9 @@ def make_plan(
     Raises:
         UsageError: the mask does not fit the model, or there is no such router setting.
         PlanError: the plan was made for another tp or model.
+        CaptureError: the model has no list of decoder layers.
     """
-    num_layers = model.config.get_text_config().num_hidden_layers
+    num_layers = len(decoder_layers(model)[1])  # which not every config has under that name
     if not isinstance(spd_mask, Plan):
         points = attention_points(spd_mask, num_layers)
         reads = Router.EXACT if router is None else choice(Router, router, "router")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from spdcompile.passes.patches import constants, experts
+from spdcompile.passes.patches import constants, experts, norms
 
 # Scans over the tokens, alone or by chunks: functions that transformers itself replaces by a
 # kernel where one is installed, with torch code that loops otherwise.
@@ -36,6 +36,7 @@ REWRITTEN: Mapping[str, Callable[..., Any]] = {
     "LongcatFlashExperts.forward": experts.longcat_flash_experts,
     "JetMoeTopKGating.forward": experts.jetmoe_gating,
     "JetMoeParallelExperts.forward": experts.jetmoe_experts,
+    "StableLmLayerNormPerHead.forward": norms.stablelm_norms,
     "CpmAntModel._prepare_attention_mask": constants.cpmant_mask,
 }
 # Modules that change themselves at their first call, which is to happen before they are traced.

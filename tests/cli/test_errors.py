@@ -29,7 +29,7 @@ REMOTE = '{"model_type": "mine", "auto_map": {"AutoConfig": "code.Config"}}'
         (("--spd-mask", "0-3"), "found  : 0-3 for a model of 3 layers"),
         (("--drop", "1"), "needed : sync points such as 3.mlp or 4-6.attn"),
         (("--drop", "1.norm"), "layer 1 has no sync point 'norm'"),
-        (("--print", "lower"), "needed : one of: capture, normalize, split, regions, assign"),
+        (("--print", "lower"), "needed : one of: capture, normalize, split, tokens, regions"),
         (("--stop-after", "x"), "There is no pass 'x'."),
         (("--stop-after", "split", "--print", "sync"), "needed : a pass up to split"),
         (("--stop-after", "split", "--json", "-"), "no report of a program that is not finished"),

@@ -22,6 +22,7 @@ from spdcompile.runtime.weights import checkpoint_tensors
 from tests.compare import rel_err
 from tests.zoo.models import build, left_padded, token_ids
 
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
 BOUND = 1e-5  # float32, relative to the largest logit; most are equal to the last bit
 
 # Entry -> operators that its graph has, and how many.
@@ -37,6 +38,7 @@ OPERATORS: dict[str, dict[fx.node.Target, int]] = {
     "dbrx": {GROUPED_MM: 6, ATTENTION: 2},  # loops over the experts that data chose
     "longcat_flash": {GROUPED_MM: 4},  # experts that give their input back
     "jetmoe": {GROUPED_MM: 8, ATTENTION: 2},  # experts in the attention too
+    "stablelm@par": {ATTENTION: 2, torch.ops.aten.layer_norm.default: 7},  # a norm for each head
     "cpmant": {},  # a constant of the length, and a prompt of its own
     "doge": {CALL: 2},  # another path for long inputs
     "aria_text": {ATTENTION: 2},  # a condition on sizes that torch cannot prove
@@ -101,6 +103,29 @@ def test_length_is_bounded_where_the_model_takes_another_path() -> None:
     assert program_inputs(program, longest)["input_ids"] is longest
     with pytest.raises(UsageError, match=f"at most {program.max_length}"):
         program_inputs(program, torch.ones((1, program.max_length + 1), dtype=torch.long))
+
+
+def test_length_is_bounded_from_below_too() -> None:
+    model = build("zaya")
+    program = capture(model).program
+    run = _runner(model, program)
+    for length in (program.min_length, 5, 13):
+        ids = token_ids((2, length), model.config.vocab_size)
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits
+        assert rel_err(run(ids, torch.ones_like(ids)), expected) < BOUND
+    assert program.min_length > 1
+    with pytest.raises(UsageError, match=f"at least {program.min_length}"):
+        program_inputs(program, torch.ones((1, program.min_length - 1), dtype=torch.long))
+
+
+def test_attention_that_is_no_operator_stays_what_the_model_is_set_to() -> None:
+    model = build("minimax_m3_vl_text")
+    graph = capture(model).program.graphs["model"].module.graph
+    assert any(node.target is SDPA for node in graph.nodes)
+    model.set_attn_implementation("eager")
+    graph = capture(model).program.graphs["model"].module.graph
+    assert not any(node.target is SDPA for node in graph.nodes)
 
 
 @pytest.mark.parametrize(

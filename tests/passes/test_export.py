@@ -73,8 +73,36 @@ def _is_for_long_inputs_by_a_minimum(ids: Tensor) -> Tensor:
     return ids[:, :1] if min(ids.shape[1], 6) * 2 < 12 else ids.sum(1, keepdim=True)
 
 
-@pytest.mark.parametrize("function", [_is_for_long_inputs, _is_for_long_inputs_by_a_minimum])
-def test_export_refuses_a_graph_of_long_inputs_alone(
+def _is_not_for_five(ids: Tensor) -> Tensor:
+    return ids[:, :1] if ids.shape[1] == 5 else ids.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "function", [_is_for_long_inputs, _is_for_long_inputs_by_a_minimum, _is_not_for_five]
+)
+def test_export_finds_the_shortest_input(function: Callable[[Tensor], Tensor]) -> None:
+    exported = export(_Of(function), DEVICE)
+    assert (exported.min_length, exported.max_length) == (6, None)
+    ids = torch.arange(12).reshape(2, 6)
+    zeros = torch.zeros_like(ids)
+    with torch.no_grad():
+        assert exported.program.module()(ids, zeros, zeros).equal(function(ids))
+
+
+def _is_for_few(ids: Tensor) -> Tensor:
+    return ids[:, :1] if ids.shape[0] > 4 else ids.sum(1, keepdim=True)
+
+
+def _is_for_many(ids: Tensor) -> Tensor:
+    return ids[:, :1] if ids.shape[0] < 3 else ids.sum(1, keepdim=True)
+
+
+def _is_for_many_by_a_minimum(ids: Tensor) -> Tensor:
+    return ids[:, :1] if min(ids.shape[0], 3) * 2 < 6 else ids.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("function", [_is_for_few, _is_for_many, _is_for_many_by_a_minimum])
+def test_export_refuses_a_graph_of_some_batches_alone(
     function: Callable[[Tensor], Tensor],
 ) -> None:
     with pytest.raises(CaptureError, match="another path for other inputs"):

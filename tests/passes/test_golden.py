@@ -41,10 +41,13 @@ CASES = [
     ("phi3", "localize"),
     ("phi3", "drop"),
 ]
-# Views that say -1 where a rank has fewer heads need no localizing; a parallel block has nothing to
-# drop.
-UNCHANGED = {("llama", "localize"), ("gpt_neox", "localize"), ("gpt_neox", "drop")}
 FAMILIES = ("llama", "opt", "gpt_neox", "phi3")
+# Views that say -1 where a rank has fewer heads need no localizing; a parallel block has nothing to
+# drop; what counts tokens is not in the text.
+UNCHANGED = {
+    *(("llama", "localize"), ("gpt_neox", "localize"), ("gpt_neox", "drop")),
+    *((family, "tokens") for family in FAMILIES),
+}
 
 
 @cache

@@ -90,6 +90,19 @@ def test_experts_become_one_operator(dtype: torch.dtype, target: Callable[..., A
     assert GROUPED_MM not in operators_of(program)
 
 
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_sizes_of_another_value_become_sizes(dynamic: bool) -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return x.reshape_as(y) + x.view_as(y).mT.mT
+
+    x, y = torch.randn(5, 6), torch.randn(5, 2, 3)
+    program = normalize(exported(function, x, y, dynamic=dynamic)).program
+    assert {aten.reshape_as.default, aten.view_as.default, aten.mT.default}.isdisjoint(
+        operators_of(program)
+    )
+    assert run(program, x, y).equal(function(x, y))
+
+
 def test_grouped_product_of_blocks_stays() -> None:
     a, b = torch.randn(3, 8, 8).bfloat16(), torch.randn(3, 8, 16).bfloat16()
     program = normalize(exported(F.grouped_mm, a, b)).program
@@ -213,14 +226,3 @@ def test_other_names_become_the_known_one(function: Callable[..., Any], target: 
     assert operators_of(program)[-1] is target
     found, wanted = run(program, x), function(x)
     assert found.dtype == wanted.dtype and torch.equal(found, wanted)
-
-
-@pytest.mark.parametrize("method", ["view_as", "reshape_as"])
-def test_a_view_as_another_value_reads_its_sizes_alone(method: str) -> None:
-    def function(x: Tensor, like: Tensor) -> Tensor:
-        return getattr(x, method)(like) * 2
-
-    x, like = torch.randn(5, 12), torch.randn(5, 3, 4)
-    program = normalize(exported(function, x, like, dynamic=True)).program
-    assert operators_of(program) == [aten.sym_size.int, aten.reshape.default, aten.mul.Tensor]
-    assert torch.equal(run(program, x[:4], like[:4]), function(x[:4], like[:4]))

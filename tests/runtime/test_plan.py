@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from spdcompile import Plan
+from spdcompile.api import make_plan
 from spdcompile.errors import PlanError
 from spdcompile.plan import attention_points
+from tests.zoo.models import build
 
 
 def test_plan_survives_a_file(tmp_path: Path) -> None:
@@ -75,3 +77,9 @@ def test_attention_points_of_a_mask() -> None:
     assert attention_points(None, 3) == frozenset()
     assert attention_points([True, False, True], 3) == {(0, "attn"), (2, "attn")}
     assert attention_points((False,), 1) == frozenset()
+
+
+def test_layers_are_counted_on_the_model() -> None:
+    model = build("blt")
+    assert not hasattr(model.config, "num_hidden_layers")
+    assert make_plan(model, 2, None).num_layers == 2

@@ -28,9 +28,11 @@ SLICE = (
     "gemma3_text",  # norms on each side, windows, tied head
     "gpt_neox@seq",  # fused projections by head, partial rotary
     "granite_swa",  # sinks
+    "minimax_m3_vl_text",  # real tokens that see what padding computes
     "mixtral",  # experts
     "olmo2",  # norms over all heads
     "opt@350m",  # learned positions, projections around the blocks
+    "prophetnet",  # reads each token three times; biases of heads that mix tokens
     "youtu",  # latent attention
 )
 
@@ -42,6 +44,26 @@ def test_equal_the_unsharded_model(entry: str) -> None:
     row = measure(entry, (2,))
     assert not row.complaints
     assert row.is_exact, row.failure or row.runs[0].failure
+
+
+# Experts of which each is a part of one matrix; that are some of a tensor; that attend.
+@pytest.mark.parametrize("entry", ["dbrx", "longcat_flash", "jetmoe"])
+def test_split_experts_that_lie_otherwise_in_their_weights(entry: str) -> None:
+    row = measure(entry, (3,))
+    assert row.structure is not None
+    experts = row.structure.weights["experts"]
+    assert experts.split == experts.total > 0
+    assert row.is_exact, row.runs[0]
+
+
+# Sizes taken from another value; norms that are a module for each head.
+@pytest.mark.parametrize("entry", ["roformer", "stablelm@par"])
+def test_split_attention_that_was_whole_for_its_spelling(entry: str) -> None:
+    row = measure(entry, (3,))
+    assert row.structure is not None
+    attention = row.structure.weights["attention"]
+    assert attention.split == attention.total > 0
+    assert row.is_exact, row.runs[0]
 
 
 def test_cover_every_type_of_the_mapping() -> None:
