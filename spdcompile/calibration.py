@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spdcompile.api import CompiledModel, choice, groups_of
 from spdcompile.api import compile as compile_model
+from spdcompile.compiled import CompiledModel
 from spdcompile.errors import UsageError
 from spdcompile.models import ModelSource, resolve_model
 from spdcompile.plan import Plan, Router
+from spdcompile.planning import choice, groups_of
 from spdcompile.runtime.calibrate import Sensitivity
 from spdcompile.runtime.calibrate import calibrate as run_calibration
 from spdcompile.runtime.data import chunks_of

@@ -23,7 +23,7 @@ from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.launch import agree, same_random_state
 
 if TYPE_CHECKING:
-    from spdcompile.api import CompiledModel
+    from spdcompile.compiled import CompiledModel
 
 _LOG = logging.getLogger(__name__)
 # What generate() passes on and a program has no use for, unless it asks for something.

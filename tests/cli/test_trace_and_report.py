@@ -214,6 +214,7 @@ def test_stop_after_ends_with_the_program(trace: Command) -> None:
         "capture",
         "normalize",
         "split",
+        "tokens",
         "regions",
     ]
     assert "# the program after regions\ndef prelude:" in outcome.out

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import spdcompile
 from spdcompile import Plan, Router
-from spdcompile.api import CompiledModel
+from spdcompile.compiled import CompiledModel
 from spdcompile.errors import PlanError, RefusalError, UsageError
 from spdcompile.passes.ops import SYNC
 from tests.compare import rel_err

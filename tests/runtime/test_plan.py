@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from spdcompile import Plan
-from spdcompile.api import make_plan
 from spdcompile.errors import PlanError
 from spdcompile.plan import attention_points
+from spdcompile.planning import make_plan
 from tests.zoo.models import build
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import spdcompile
-from spdcompile.api import make_plan
 from spdcompile.errors import CaptureError, SpdCompileError, UsageError
 from spdcompile.passes import pipeline
+from spdcompile.planning import make_plan
 from spdcompile.report.data import PointState, Report
 from spdcompile.runtime.executor import Backend
 from spdcompile.runtime.local import LocalExecutor

@@ -1,0 +1,184 @@
+"""A compiled model: called, generating and reported on as the model itself is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from spdcompile.errors import PlanError
+from spdcompile.generation import generate
+from spdcompile.passes import pipeline
+from spdcompile.passes.base import Program
+from spdcompile.passes.tokens import SUBJECT as CACHE
+from spdcompile.plan import Plan
+from spdcompile.planning import make_plan
+from spdcompile.report import Report, build_report
+from spdcompile.runtime import launch
+from spdcompile.runtime.cache import KVCache
+from spdcompile.runtime.distributed import DistributedExecutor
+from spdcompile.runtime.executor import Executor
+from spdcompile.runtime.inputs import program_inputs
+from spdcompile.runtime.weights import checkpoint_tensors
+
+
+class CompiledModel:
+    """A model split over ranks; called as the Hugging Face model is.
+
+    Args:
+        base: the program before anything was dropped.
+        lowering: the program that runs, and how it came about.
+        executor: what runs it.
+        plan: what was dropped.
+        model: the model that was compiled.
+    """
+
+    def __init__(
+        self,
+        base: pipeline.Lowering,
+        lowering: pipeline.Lowering,
+        executor: Executor,
+        plan: Plan,
+        model: PreTrainedModel,
+    ) -> None:
+        self.base, self.lowering, self.executor = base, lowering, executor
+        self.plan, self.model, self.config = plan, model, model.config
+
+    def with_mask(self, spd_mask: Sequence[bool] | Plan | None) -> CompiledModel:
+        """The same model with other sync points dropped; weights and compiled blocks are shared.
+
+        Args:
+            spd_mask: as in `compile`; a Plan must have this model's tp and head groups, and
+                brings its own router setting.
+
+        Raises:
+            UsageError, PlanError: the mask or plan does not fit.
+            RefusalError: a sync point that cannot be dropped.
+        """
+        given = spd_mask if isinstance(spd_mask, Plan) else None
+        plan = make_plan(self.model, self.plan.tp, spd_mask)
+        if given is None:
+            own = self.plan
+            plan = replace(plan, head_groups=own.head_groups, router=own.router)
+        elif given.head_groups != self.plan.head_groups:
+            raise PlanError(
+                "The plan has other head groups, so its shards are others.",
+                where="with_mask",
+                needed="the head groups that the model was compiled with",
+                fix="compile the model anew with this plan",
+            )
+        agree_on(self.executor, plan, self.model)
+        lowering = pipeline.advance(self.base, pipeline.changing(plan.dropped, plan.router))
+        executor = self.executor.with_program(lowering.program)
+        return CompiledModel(self.base, lowering, executor, plan, self.model)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        past_key_values: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutputWithPast:
+        """The logits of every position.
+
+        Args:
+            input_ids: int64 [B, S].
+            attention_mask: nonzero where a token is real, [B, S], or with a cache [B, T], over the
+                T tokens before and new; all of them if None.
+            position_ids: int64 [B, S]; numbered as the model itself does if None.
+            past_key_values: from `new_cache`; the tokens go on where it ends, and are added to it.
+            logits_to_keep: compute the logits of so many last positions alone; 0 for all.
+
+        Returns: an output whose `.logits` is [B, S, V], in the model's dtype.
+
+        Raises:
+            UsageError: a tensor of another shape or kind, or a cache that is full.
+        """
+        cache = past_key_values
+        executor = self.executor if cache is None else self._remembering
+        inputs = program_inputs(executor.program, input_ids, attention_mask, position_ids, cache)
+        on_device = {name: tensor.to(executor.device) for name, tensor in inputs.items()}
+        logits = executor.run(on_device, cache, logits_to_keep)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def generate(self, input_ids: Tensor, **settings: Any) -> Any:
+        """Text, by transformers' own generation code.
+
+        Args:
+            input_ids: int64 [B, S], the prompts.
+            settings: those of `transformers.GenerationMixin.generate`: attention_mask,
+                max_new_tokens, do_sample, num_beams, streamer, stop_strings and so on.
+
+        Returns: int64 [B, S + new], or what `return_dict_in_generate` asks for. Every rank gets
+            the same: they draw from the random state of rank 0.
+        """
+        return generate(self, input_ids, **settings)
+
+    def new_cache(self, batch: int, max_length: int) -> KVCache:
+        """An empty KV cache for `past_key_values`.
+
+        Args:
+            batch: number of sequences.
+            max_length: the most tokens of a sequence, padding included.
+
+        Raises:
+            RefusalError: the model cannot run on new tokens alone; see `cache_refusal`.
+        """
+        return self._remembering.new_cache(batch, max_length)
+
+    @property
+    def cache_refusal(self) -> str:
+        """Why the model has no KV cache; "" if it has one."""
+        refusals = [r.reason for r in self.base.program.refusals if r.subject == CACHE]
+        return refusals[0] if refusals else ""
+
+    @cached_property
+    def _remembering(self) -> Executor:
+        """Runs the same program on new tokens alone."""
+        lowering = pipeline.advance(self.lowering, pipeline.remembering())
+        return self.executor.with_program(lowering.program)
+
+    def with_weights(self, tensors: Mapping[str, Tensor]) -> CompiledModel:
+        """The same program over other weights, such as distillation gives.
+
+        Args:
+            tensors: new global tensors under their state_dict names; the others stay.
+        """
+        everything = {**checkpoint_tensors(self.model), **tensors}
+        executor = self.executor.with_tensors(everything)
+        return CompiledModel(self.base, self.lowering, executor, self.plan, self.model)
+
+    @property
+    def program(self) -> Program:
+        """The program that runs."""
+        return self.lowering.program
+
+    @cached_property
+    def report(self) -> Report:
+        """What was split, synced, dropped and refused, and why."""
+        return build_report(self.lowering)
+
+
+def agree_on(executor: Executor, plan: Plan, model: PreTrainedModel) -> None:
+    """Ranks compare what they are about to run; one process has nothing to compare."""
+    if isinstance(executor, DistributedExecutor):
+        facts = {
+            "plan": plan.content_hash,
+            "dtype": str(model.dtype),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "config": model.config.to_json_string(),
+        }
+        launch.agree(executor.group, facts)
