@@ -56,11 +56,12 @@ def follow_tokens(program: Program) -> PassResult:
 
     Where that cannot be had, the program is left as it is, with the reason as a refusal.
     """
+    given, program = program, program.map_graphs(lambda _, block: block.copied())
     try:
         marks = _marks(program)
     except _MixedError as why:
         refusal = Refusal(SUBJECT, str(why))
-        refused = replace(program, refusals=(*program.refusals, refusal))
+        refused = replace(given, refusals=(*given.refusals, refusal))
         return PassResult(refused, 0, (refusal,))
     for node, dim in marks.items():
         node.meta[TOKENS] = dim

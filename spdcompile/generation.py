@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 # What generate() passes on and a program has no use for, unless it asks for something.
-_IGNORED = {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+_IGNORED = {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "tokenizer"}
+
+
+@cache
+def _tell(reason: str) -> None:
+    """Once a reason, not once a call."""
+    _LOG.warning("Without a KV cache, all tokens are computed at each step: %s", reason)
 
 
 def generate(compiled: CompiledModel, input_ids: Tensor, **settings: Any) -> Any:
@@ -114,7 +121,7 @@ class _Compiled:
         if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
             return
         if reason := self.compiled.cache_refusal:
-            _LOG.warning("Without a KV cache, all tokens are computed at each step: %s", reason)
+            _tell(reason)
             generation_config.use_cache = model_kwargs["use_cache"] = False
             return
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
