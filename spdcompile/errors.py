@@ -86,6 +86,10 @@ class PlanError(SpdCompileError, ValueError):
     """A plan is malformed, or is not the plan of this model, tp or group of ranks."""
 
 
+class ArtefactError(SpdCompileError, ValueError):
+    """A saved artefact is malformed, damaged, or of another model."""
+
+
 class CollectiveCountError(SpdCompileError):
     """The emitted collectives are not those that the plan keeps."""
 
