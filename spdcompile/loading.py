@@ -20,6 +20,7 @@ from spdcompile.models import ModelSource, check_weights, resolve_model
 from spdcompile.passes import pipeline
 from spdcompile.runtime._transformers import read_generation_config
 from spdcompile.runtime.checkpoint import ConversionError, open_checkpoint, stored_tensors
+from spdcompile.runtime.stored import Stored
 from spdcompile.runtime.weights import Weights, check_finite, checkpoint_tensors
 
 _LOG = get_logger(Component.RUNTIME)
@@ -42,6 +43,11 @@ class Loaded:
     device: torch.device
     directory: Path | None = None
     dtype: torch.dtype | None = None
+
+    @property
+    def in_files(self) -> bool:
+        """Whether the weights are still to be read, the model being without them."""
+        return any(isinstance(tensor, Stored) for tensor in self.tensors.values())
 
 
 def load_model(source: ModelSource, dtype: torch.dtype | None) -> Loaded:
@@ -82,7 +88,7 @@ def capture_loaded(loaded: Loaded) -> tuple[Loaded, pipeline.Lowering]:
     Raises:
         CaptureError: the model cannot be captured.
     """
-    if loaded.directory is None or loaded.model.device.type != "meta":
+    if loaded.directory is None or not loaded.in_files:
         return loaded, pipeline.start(loaded.model)
     with _unwritten(loaded.model) as weights:
         before = [weight._version for weight in weights]
