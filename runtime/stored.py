@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spdcompile.errors import CheckpointError
 
-_AT_ONCE = 2**24  # bytes read before they are copied, so that a cast needs little memory
+_AT_ONCE = 2**22  # bytes read before they are copied, so that a cast needs little memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
