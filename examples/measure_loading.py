@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -91,7 +92,7 @@ def rank_main(folder: Path, tp: int, dtype: torch.dtype) -> None:
     reads.sort()
     twice = sum(
         max(0, stop - start)
-        for (file, _, stop), (other, start, _) in zip(reads, reads[1:], strict=False)
+        for (file, _, stop), (other, start, _) in pairwise(reads)
         if file == other
     )
     found = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
+import networkx as nx
 from torch import fx
 
 from spdcompile.passes.tokens import TOKENS
@@ -23,8 +24,6 @@ def narrowest_cut(
         wanted: keys and values.
         size: numbers a token of a value; infinite where it cannot be remembered.
     """
-    import networkx as nx  # 12 MB that a rank without a cache does without
-
     serves_queries = _sources([query])
     own = _sources(wanted) - serves_queries
     if not all(node in own for node in wanted):

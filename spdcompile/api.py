@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -67,6 +68,8 @@ def compile(
     loaded, captured = capture_loaded(loaded)
     base = pipeline.advance(captured, pipeline.preserving(plan.tp, plan.head_groups))
     lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
+    del captured
+    gc.collect()  # the graph of the whole model, in which nodes point at each other
     where = torch.device(device) if device is not None else loaded.device
     tensors = loaded.tensors
     if distributed:

@@ -1,4 +1,4 @@
-"""Ranks read their slices of a directory: the same shards as of the loaded model, each byte once."""
+"""Ranks read their slices of a directory: the shards of the loaded model, and each byte once."""
 
 from __future__ import annotations
 

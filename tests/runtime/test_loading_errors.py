@@ -174,5 +174,4 @@ def test_dtype_for_a_loaded_model_is_refused() -> None:
 
 def test_quantized_checkpoint_is_not_read_in_slices(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "no such method"})
-    with pytest.raises(Exception, match="no such method"):
-        load_model(folder, None)
+    assert not load_model(folder, None).in_files
