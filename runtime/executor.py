@@ -18,6 +18,7 @@ from spdcompile.passes.base import Part, Program
 from spdcompile.passes.tokens import TOKENS
 from spdcompile.passes.verify import check_collectives
 from spdcompile.runtime.cache import KVCache
+from spdcompile.runtime.weights import Weights, read_shared
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -34,7 +35,7 @@ class Executor(ABC):
 
     Args:
         program: what to run.
-        tensors: global tensors under their state_dict names.
+        tensors: global tensors under their state_dict names, in memory or in files.
         device: where to run.
     """
 
@@ -43,13 +44,13 @@ class Executor(ABC):
     def __init__(
         self,
         program: Program,
-        tensors: Mapping[str, Tensor],
+        tensors: Weights,
         *,
         backend: Backend,
         device: torch.device,
     ) -> None:
         self.program, self.backend, self.device = program, backend, device
-        self.params = {part.name: self._bind(part, tensors) for part in program.parts}
+        self._load(tensors)
         self._functions: dict[fx.GraphModule, Function] = {}
         self._emitted: dict[fx.GraphModule, int] = {}
         self._prepare()
@@ -67,16 +68,21 @@ class Executor(ABC):
         other._prepare()
         return other
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Self:
+    def with_tensors(self, tensors: Weights) -> Self:
         """An executor of the same program over other weights, sharing what is compiled.
 
         Args:
-            tensors: global tensors under their state_dict names.
+            tensors: global tensors under their state_dict names; the others stay.
         """
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.params = {part.name: self._bind(part, tensors) for part in self.program.parts}
+        other._load({**self.tensors, **tensors})
         return other
+
+    def _load(self, tensors: Weights) -> None:
+        self.tensors = tensors
+        here = read_shared(self.program, tensors)
+        self.params = {part.name: self._bind(part, here) for part in self.program.parts}
 
     def run(
         self, inputs: Mapping[str, Tensor], cache: KVCache | None = None, last: int = 0
@@ -154,7 +160,7 @@ class Executor(ABC):
         return torch.compile(function, dynamic=True, fullgraph=True)
 
     @abstractmethod
-    def _bind(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _bind(self, part: Part, tensors: Weights) -> dict[str, Tensor]:
         """The part's parameters as this executor's functions take them."""
 
     @abstractmethod

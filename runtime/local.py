@@ -6,7 +6,6 @@ that every output is the same on every rank. It is differentiable and runs under
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from spdcompile.runtime.convolution import CONVOLUTION_REPLACEMENTS
 from spdcompile.runtime.executor import Executor, Function, on_device
 from spdcompile.runtime.indexing import INDEXING_REPLACEMENTS
 from spdcompile.runtime.ops import VMAP_REPLACEMENTS
-from spdcompile.runtime.weights import bind
+from spdcompile.runtime.weights import Weights, bind
 
 
 class LocalExecutor(Executor):
@@ -28,7 +27,7 @@ class LocalExecutor(Executor):
 
     stacks_ranks = True
 
-    def _bind(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _bind(self, part: Part, tensors: Weights) -> dict[str, Tensor]:
         return bind(self.program, part, tensors, self.device)
 
     def _build(self, part: Part, module: fx.GraphModule) -> tuple[Function, int]:

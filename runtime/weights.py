@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spdcompile.errors import UsageError
+from spdcompile.errors import CheckpointError, UsageError
 from spdcompile.passes.base import ParamRef, Part, Program
+from spdcompile.passes.layout import ShardSpec
+from spdcompile.runtime.stored import Stored
+
+Weights = Mapping[str, Tensor | Stored]
+"""Global tensors under their state_dict names, in memory or in files."""
 
 
 def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -30,38 +37,85 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return tensors
 
 
-def whole_param(ref: ParamRef, tensors: Mapping[str, Tensor], program: Program) -> Tensor:
-    """The global tensor behind a program's parameter, transposed where the program wants it so."""
-    tensor = program.constants[ref.fqn] if ref.constant else tensors[ref.fqn]
-    return tensor.t() if ref.transposed else tensor
+def read_shared(program: Program, tensors: Weights) -> Weights:
+    """The same with what several parameters of a program share read into memory, once."""
+    uses: dict[int, list[ParamRef]] = defaultdict(list)
+    for part in program.parts:
+        for ref in part.params.values():
+            if not ref.constant and isinstance(tensors[ref.fqn], Stored):
+                uses[id(tensors[ref.fqn])].append(ref)
+    read: dict[str, Tensor] = {}
+    for refs in uses.values():
+        stored, first = tensors[refs[0].fqn], refs[0]
+        if len(refs) > 1 and isinstance(stored, Stored):
+            whole = stored.whole(first.dtype)
+            check_finite(whole, stored.place)
+            read.update({ref.fqn: whole for ref in refs})
+    return {**tensors, **read}
 
 
 def bind(
     program: Program,
     part: Part,
-    tensors: Mapping[str, Tensor],
+    tensors: Weights,
     device: torch.device,
     rank: int | None = None,
 ) -> dict[str, Tensor]:
     """The parameters of one part, by placeholder.
 
     Args:
+        tensors: global tensors by state_dict name; of one in files only this rank's part is read.
         rank: this rank's shards; None stacks all ranks' shards, [tp, ...]. What is not split
             comes whole either way.
+
+    Raises:
+        CheckpointError: what was read from a file is not finite.
     """
     bound = {}
     for name, ref in part.params.items():
-        whole, spec = whole_param(ref, tensors, program), part.shards.get(name)
-        if spec is None:
-            local = whole
-        elif rank is None:
-            local = spec.shard(whole)
+        source = program.constants[ref.fqn] if ref.constant else tensors[ref.fqn]
+        spec = part.shards.get(name)
+        if isinstance(source, Stored):
+            local = _read(source, ref, spec, rank)
         else:
-            local = spec.shard_of(whole, rank)
+            local = _cut(source.t() if ref.transposed else source, spec, rank)
         # torch.compile takes the sizes of a Parameter, and of nothing else, for constants.
         local = local.to(device).contiguous()
         bound[name] = torch.nn.Parameter(local, requires_grad=False)
     return bound
+
+
+def _cut(whole: Tensor, spec: ShardSpec | None, rank: int | None) -> Tensor:
+    if spec is None:
+        return whole
+    return spec.shard(whole) if rank is None else spec.shard_of(whole, rank)
+
+
+def _read(stored: Stored, ref: ParamRef, spec: ShardSpec | None, rank: int | None) -> Tensor:
+    """What a rank holds of a tensor in files, or all ranks do, in the program's orientation."""
+    if spec is None or rank is None:
+        whole = stored.whole(ref.dtype)
+        check_finite(whole, stored.place)
+        return _cut(whole.t() if ref.transposed else whole, spec, rank)
+    dim = 1 - spec.dim if ref.transposed else spec.dim
+    local = stored.take(dim, spec.index[rank], ref.dtype)
+    check_finite(local, stored.place)
+    return local.t() if ref.transposed else local
+
+
+def check_finite(tensor: Tensor, place: str) -> None:
+    """Raises CheckpointError if a tensor from `place` holds NaN or an infinity."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    least, most = (float(value) for value in torch.aminmax(tensor))  # both NaN if there is one
+    if not (math.isfinite(least) and math.isfinite(most)):
+        raise CheckpointError(
+            "A tensor of the checkpoint is not finite.",
+            where=place,
+            found="NaN" if math.isnan(least) else f"infinity as {tensor.dtype}",
+            needed="finite numbers",
+            fix=None if math.isnan(least) else "load it in a dtype with a wider range",
+        )
 
 
 def unbind(part: Part, bound: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

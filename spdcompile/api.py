@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from spdcompile.compiled import CompiledModel, agree_on
 from spdcompile.errors import UsageError
-from spdcompile.models import ModelSource, resolve_model
+from spdcompile.loading import capture_loaded, load_model
+from spdcompile.models import ModelSource
 from spdcompile.passes import pipeline
 from spdcompile.plan import Plan
 from spdcompile.planning import check_tp, choice, make_plan
@@ -16,7 +18,6 @@ from spdcompile.runtime import launch
 from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.executor import Backend, Executor
 from spdcompile.runtime.local import LocalExecutor
-from spdcompile.runtime.weights import checkpoint_tensors
 
 
 def compile(
@@ -29,11 +30,13 @@ def compile(
     executor: str | None = None,
     backend: str = "inductor",
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> CompiledModel:
     """Splits a causal LM over `tp` tensor-parallel ranks, drops sync points and makes it callable.
 
     Args:
-        model: a loaded model, or a local directory with config.json and safetensors.
+        model: a loaded model, or a local directory with config.json and safetensors, of which
+            each rank reads only its own slices.
         tp: number of ranks.
         spd_mask: one bool a decoder layer, True drops its attention all-reduce (SPD, arXiv
             2502.20727); or a Plan, which may drop MLP points too; None drops nothing, and the
@@ -45,9 +48,12 @@ def compile(
         executor: "local" runs all ranks in this process, "distributed" is one rank of the process
             group that torchrun started; None chooses by WORLD_SIZE.
         backend: "inductor" compiles the distinct blocks, "eager" runs them operator by operator.
-        device: where to run; the model's own by default.
+        device: where to run; a loaded model's own by default, else the CPU.
+        dtype: of the parameters that are read from a directory, such as torch.bfloat16; that of
+            its config by default, or else that of its files.
 
     Raises:
+        CheckpointError: a tensor is missing, extra, misshapen or not finite.
         UsageError: something in the call does not fit the model or the launch.
         RefusalError: a sync point that cannot be dropped; names it and the reason.
         CaptureError: the model cannot be captured.
@@ -57,21 +63,24 @@ def compile(
     check_tp(tp)
     if distributed:
         launch.check_world_size(tp, launch.launched_world_size())
-    loaded = resolve_model(model, weights=True)
-    tensors = checkpoint_tensors(loaded)
-    plan = make_plan(loaded, tp, spd_mask, head_groups, router)
-    base = pipeline.advance(pipeline.start(loaded), pipeline.preserving(plan.tp, plan.head_groups))
+    loaded = load_model(model, dtype)
+    plan = make_plan(loaded.model, tp, spd_mask, head_groups, router)
+    loaded, captured = capture_loaded(loaded)
+    base = pipeline.advance(captured, pipeline.preserving(plan.tp, plan.head_groups))
     lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
+    del captured
+    gc.collect()  # the graph of the whole model, in which nodes point at each other
     where = torch.device(device) if device is not None else loaded.device
+    tensors = loaded.tensors
     if distributed:
         group = launch.process_group(where)
         runner: Executor = DistributedExecutor(
             lowering.program, tensors, backend=chosen, device=where, group=group
         )
-        agree_on(runner, plan, loaded)
+        agree_on(runner, plan, loaded.model)
     else:
         runner = LocalExecutor(lowering.program, tensors, backend=chosen, device=where)
-    return CompiledModel(base, lowering, runner, plan, loaded)
+    return CompiledModel(base, lowering, runner, plan, loaded.model)
 
 
 def _is_distributed(executor: str | None) -> bool:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from spdcompile.api import compile as compile_model
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import UsageError
-from spdcompile.models import ModelSource, resolve_model
+from spdcompile.models import ModelSource
 from spdcompile.plan import Plan, Router
 from spdcompile.planning import choice, groups_of
 from spdcompile.runtime.calibrate import Sensitivity
@@ -132,14 +132,14 @@ def _undropped(
         reads = model.plan.router if router is None else choice(Router, router, "router")
         return model.with_mask(replace(model.plan, dropped=frozenset(), router=reads))
     dtype = None if isinstance(model, PreTrainedModel) else torch.float32
-    loaded = resolve_model(model, weights=True, dtype=dtype)
     return compile_model(
-        loaded,
+        model,
         tp=tp,
         head_groups=head_groups,
         router=router,
         executor="local",
         backend="eager",
+        dtype=dtype,
     )
 
 

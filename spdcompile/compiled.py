@@ -26,7 +26,6 @@ from spdcompile.runtime.cache import KVCache
 from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.executor import Executor
 from spdcompile.runtime.inputs import program_inputs
-from spdcompile.runtime.weights import checkpoint_tensors
 
 
 class CompiledModel:
@@ -37,7 +36,8 @@ class CompiledModel:
         lowering: the program that runs, and how it came about.
         executor: what runs it.
         plan: what was dropped.
-        model: the model that was compiled.
+        model: the model that was compiled; on the meta device where ranks read their weights
+            from files.
     """
 
     def __init__(
@@ -156,8 +156,7 @@ class CompiledModel:
         Args:
             tensors: new global tensors under their state_dict names; the others stay.
         """
-        everything = {**checkpoint_tensors(self.model), **tensors}
-        executor = self.executor.with_tensors(everything)
+        executor = self.executor.with_tensors(tensors)
         return CompiledModel(self.base, self.lowering, executor, self.plan, self.model)
 
     @property

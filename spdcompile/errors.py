@@ -70,6 +70,10 @@ class UsageError(SpdCompileError, ValueError):
     """A mistake in what the user asked for: bad mask, tp out of range, no weights, wrong model."""
 
 
+class CheckpointError(SpdCompileError, ValueError):
+    """A checkpoint lacks a tensor, or has one that is extra, misshapen, cut short or not finite."""
+
+
 class CaptureError(SpdCompileError):
     """The model could not be captured as one graph."""
 

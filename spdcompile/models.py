@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from spdcompile.errors import UsageError
+from spdcompile.errors import CheckpointError, UsageError
 
 ModelSource = PreTrainedModel | PreTrainedConfig | str | Path
 
@@ -99,10 +99,24 @@ def _from_directory(directory: Path, weights: bool, dtype: torch.dtype | None) -
     _check_config(config, f"{directory}/config.json")
     if not weights:
         return _build(config, dtype, f"{directory}/config.json")
-    _check_weights(directory)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=dtype or "auto", use_safetensors=True, **_LOCAL_ONLY
+    check_weights(directory)
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        directory,
+        config=config,
+        dtype=dtype or "auto",
+        use_safetensors=True,
+        output_loading_info=True,
+        **_LOCAL_ONLY,
     )
+    for kind in ("missing", "unexpected"):
+        if names := sorted(info[f"{kind}_keys"]):
+            raise CheckpointError(
+                f"{names[0]} is {kind} in the checkpoint.",
+                where=str(directory),
+                found=f"{len(names)} {kind} tensors: {', '.join(names[:3])}",
+                needed="the tensors of the model, no more and no fewer",
+                fix="see that config.json belongs to these weights",
+            )
     return loaded.eval()
 
 
@@ -173,7 +187,8 @@ def _unusable(error: Exception, where: str) -> UsageError:
     )
 
 
-def _check_weights(directory: Path) -> None:
+def check_weights(directory: Path) -> None:
+    """Raises UsageError if a directory has no weights that can be read."""
     if any(directory.glob("*.safetensors")):
         return
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt") for path in directory.glob(pattern))
