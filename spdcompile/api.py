@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
+from transformers import PreTrainedModel
 
 from spdcompile.compiled import CompiledModel, agree_on
 from spdcompile.errors import UsageError
@@ -15,6 +17,7 @@ from spdcompile.planning import check_tp, choice, make_plan
 from spdcompile.runtime import launch
 from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.executor import Backend, Executor
+from spdcompile.runtime.job import Ranks, chosen_timeout, join
 from spdcompile.runtime.local import LocalExecutor
 from spdcompile.runtime.weights import checkpoint_tensors
 
@@ -29,6 +32,7 @@ def compile(
     executor: str | None = None,
     backend: str = "inductor",
     device: torch.device | str | None = None,
+    timeout: float | None = None,
 ) -> CompiledModel:
     """Splits a causal LM over `tp` tensor-parallel ranks, drops sync points and makes it callable.
 
@@ -42,36 +46,57 @@ def compile(
         router: what the router of a mixture of experts reads where a dropped sync point is
             pending: "exact" (default) refuses such a drop; "replicated" lets it read the part of
             the value that all ranks share, an approximation besides that of the drop.
-        executor: "local" runs all ranks in this process, "distributed" is one rank of the process
-            group that torchrun started; None chooses by WORLD_SIZE.
+        executor: "local" runs all ranks in this process, "distributed" is one rank of those that
+            torchrun started, which may be several replicas of tp ranks; None chooses by WORLD_SIZE.
         backend: "inductor" compiles the distinct blocks, "eager" runs them operator by operator.
         device: where to run; the model's own by default.
+        timeout: seconds that ranks may wait for one before it counts as stalled and all of them
+            end; loading and compiling are not counted. 120 by default; SPD_TIMEOUT overrides it.
 
     Raises:
         UsageError: something in the call does not fit the model or the launch.
         RefusalError: a sync point that cannot be dropped; names it and the reason.
         CaptureError: the model cannot be captured.
+        PlanError: the ranks do not run the same model, weights, plan or versions.
+        RankError: a rank failed, stalled or ended.
     """
     chosen = choice(Backend, backend, "backend")
     distributed = _is_distributed(executor)
     check_tp(tp)
+    seconds = chosen_timeout(timeout)
     if distributed:
         launch.check_world_size(tp, launch.launched_world_size())
-    loaded = resolve_model(model, weights=True)
-    tensors = checkpoint_tensors(loaded)
-    plan = make_plan(loaded, tp, spd_mask, head_groups, router)
-    base = pipeline.advance(pipeline.start(loaded), pipeline.preserving(plan.tp, plan.head_groups))
-    lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
-    where = torch.device(device) if device is not None else loaded.device
-    if distributed:
-        group = launch.process_group(where)
-        runner: Executor = DistributedExecutor(
-            lowering.program, tensors, backend=chosen, device=where, group=group
-        )
-        agree_on(runner, plan, loaded)
-    else:
-        runner = LocalExecutor(lowering.program, tensors, backend=chosen, device=where)
-    return CompiledModel(base, lowering, runner, plan, loaded)
+    where = None if device is None else torch.device(device)
+    with _ranks(model, tp, where, seconds) if distributed else nullcontext() as ranks:
+        loaded = resolve_model(model, weights=True)
+        tensors = checkpoint_tensors(loaded)
+        plan = make_plan(loaded, tp, spd_mask, head_groups, router)
+        passes = pipeline.preserving(plan.tp, plan.head_groups)
+        base = pipeline.advance(pipeline.start(loaded), passes)
+        lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
+        where = where or loaded.device
+        if ranks is None:
+            runner: Executor = LocalExecutor(
+                lowering.program, tensors, backend=chosen, device=where
+            )
+        else:
+            runner = DistributedExecutor(
+                lowering.program, tensors, backend=chosen, device=where, ranks=ranks
+            )
+            agree_on(runner, plan, loaded, tensors)
+        return CompiledModel(base, lowering, runner, plan, loaded)
+
+
+@contextmanager
+def _ranks(
+    model: ModelSource, tp: int, device: torch.device | None, timeout: float
+) -> Iterator[Ranks]:
+    """This rank among the others, which bear with it while it loads and compiles."""
+    if device is None:
+        device = model.device if isinstance(model, PreTrainedModel) else torch.device("cpu")
+    job = join(device, timeout)
+    with job.watch.patience():
+        yield job.ranks(tp, device)
 
 
 def _is_distributed(executor: str | None) -> bool:
