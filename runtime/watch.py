@@ -58,7 +58,7 @@ class Watch:
         if self._parent is not None:
             end_with(self._parent, speak=_first_here())
         self._store.set(f"who/{self.rank}", json.dumps(asdict(self._identity)))
-        self._store.set(f"report/{self.rank}", self._report().to_json())
+        self._publish()
 
     def start(self) -> None:
         """Begins to watch; every rank has announced itself."""
@@ -87,7 +87,7 @@ class Watch:
         Raises:
             RankError: a connection broke, with the rank that did it.
         """
-        on_compilation(self._begin_compiling, self._end_compiling)
+        on_compilation(self._begin_slow, self._end_slow)
         outer = self._runs
         if not outer:
             self._call, self._runs = self._call + 1, runs
@@ -109,26 +109,29 @@ class Watch:
     @contextmanager
     def patience(self) -> Iterator[None]:
         """Around what may take long on one rank only, such as loading."""
-        self._patient += 1
+        self._begin_slow()
         try:
             yield
         finally:
-            self._patient -= 1
+            self._end_slow()
 
-    def _begin_compiling(self, _: object) -> None:
+    def _begin_slow(self, _: object = None) -> None:
         self._patient += 1
 
-    def _end_compiling(self, _: object) -> None:
+    def _end_slow(self, _: object = None) -> None:
         self._patient -= 1
+        if not self._patient:
+            with suppress(Exception):  # at once: it might stall before the next report is due
+                self._publish()
 
     # ---- finding out
 
-    def _report(self) -> Report:
+    def _publish(self) -> None:
         with suppress(RuntimeError):  # a group that was destroyed at the end of the program
             for group in self._groups:
                 self._started[group.group_name] = started_collectives(group)
         self._beats += 1
-        return Report(
+        report = Report(
             beat=self._beats,
             started=dict(self._started),
             call=self._call,
@@ -137,6 +140,7 @@ class Watch:
             patient=self._patient > 0,
             ended=self._ended,
         )
+        self._store.set(f"report/{self.rank}", report.to_json())
 
     @property
     def _beat(self) -> float:
@@ -148,7 +152,7 @@ class Watch:
                 fault = self._exchange() or self._found()
             except Exception as error:  # whatever a store raises once its server is gone
                 if not self._stop.is_set():
-                    self._lost = str(error).splitlines()[0]
+                    self._lost = _in_a_line(error)
                 return
             if fault is not None:
                 self._end(self._agreed(fault))
@@ -156,7 +160,7 @@ class Watch:
     def _exchange(self) -> Fault | None:
         """Reports, reads the others' reports; returns the fault that another rank found."""
         with self._exchanging:
-            self._store.set(f"report/{self.rank}", self._report().to_json())
+            self._publish()
             ranks = list(self._seen)
             texts = self._store.multi_get([f"report/{rank}" for rank in ranks]) if ranks else []
             now = self._answered = time.monotonic()
@@ -168,8 +172,8 @@ class Watch:
         return None
 
     def _found(self, *, broken: bool = False) -> Fault | None:
-        if self._torchrun_is_gone():
-            return self._torchrun_fault()
+        if (fault := self._torchrun_fault()) is not None:
+            return fault
         now = time.monotonic()
         with self._exchanging:
             return find_fault(self._seen, self.timeout, now, self.rank, broken=broken)
@@ -188,12 +192,12 @@ class Watch:
             try:
                 fault = self._exchange() or self._found(broken=True) or self._other_call()
             except Exception:
-                fault = self._torchrun_fault() if self._torchrun_is_gone() else self._lost_fault()
+                fault = self._torchrun_fault() or self._lost_fault()
             time.sleep(0.0 if fault else 0.1)
         if fault is None:
             silent = [rank for rank, other in self._seen.items() if other.beat_at < began]
-            said = str(error).splitlines()[0]
-            cause = "cannot be reached any more" if silent else f"A connection broke: {said}"
+            broke = f"A connection broke: {_in_a_line(error)}"
+            cause = "cannot be reached any more" if silent else broke
             fault = Fault(tuple(silent), cause, self.rank)
         agreed = self._agreed(fault)
         return self._error(agreed)
@@ -202,10 +206,9 @@ class Watch:
         with self._exchanging:
             return find_other_call(self._seen, self.rank)
 
-    def _torchrun_is_gone(self) -> bool:
-        return self._parent is not None and os.getppid() != self._parent
-
-    def _torchrun_fault(self) -> Fault:
+    def _torchrun_fault(self) -> Fault | None:
+        if self._parent in (None, os.getppid()):
+            return None
         cause = f"torchrun, process {self._parent} of {self._identity.host}, was killed"
         return Fault((), cause, self.rank)
 
@@ -220,8 +223,8 @@ class Watch:
         """Notices what the exchange cannot: no torchrun, no store, no answer."""
         while not self._stop.wait(self._beat):
             waited = time.monotonic() - self._answered
-            if self._torchrun_is_gone():
-                self._end(self._torchrun_fault())
+            if (fault := self._torchrun_fault()) is not None:
+                self._end(fault)
             elif self._runs and (self._lost or waited > self.timeout + 2 * self._beat):
                 self._end(self._lost_fault())
 
@@ -262,14 +265,12 @@ class Watch:
             for rank in fault.ranks:
                 if rank in self._who and rank != self.rank:
                     self._who[rank].kill()
-            if not self._torchrun_is_gone():
-                time.sleep(LAST_WORDS_S)
+            time.sleep(LAST_WORDS_S if self._torchrun_fault() is None else 0)
         os._exit(1)
 
     def fail(self, error: BaseException) -> None:
         """Tells the others that an error ends this rank."""
-        words = (str(error).splitlines() or [""])[0]
-        self._ended = f"failed: {type(error).__name__}: {words}".rstrip(": ")
+        self._ended = f"failed: {_in_a_line(error)}"
         with suppress(Exception):
             fault = Fault((self.rank,), self._ended, self.rank)
             agreed = self._agreed(fault)
@@ -291,6 +292,11 @@ class Watch:
 
 def _first_here() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _in_a_line(error: BaseException) -> str:
+    words = [type(error).__name__, *str(error).splitlines()[:1], getattr(error, "found", None)]
+    return ": ".join(word for word in words if word)
 
 
 def _is_broken_connection(error: Exception) -> bool:
