@@ -20,12 +20,12 @@ import torch.distributed as dist
 
 from spdcompile.errors import RankError, SpdCompileError
 from spdcompile.runtime._torch import on_compilation, started_collectives
+from spdcompile.runtime.connections import in_a_line, is_broken_connection
 from spdcompile.runtime.faults import Fault, Report, Seen, find_fault, find_other_call
 from spdcompile.runtime.processes import Identity, end_with, torchrun_of
 
 EVIDENCE_S = 3.0  # for finding out who broke a connection
 LAST_WORDS_S = 3.0  # for a rank's main thread to end by itself once a fault is known
-_CONNECTION_WORDS = ("gloo", "nccl", "connection", "socket", "broken pipe", "timed out")
 
 
 class Watch:
@@ -96,7 +96,7 @@ class Watch:
         except SpdCompileError:
             raise
         except Exception as error:
-            if not _is_broken_connection(error):
+            if not is_broken_connection(error):
                 raise
             raise self.explain(error) from error
         finally:
@@ -152,7 +152,7 @@ class Watch:
                 fault = self._exchange() or self._found()
             except Exception as error:  # whatever a store raises once its server is gone
                 if not self._stop.is_set():
-                    self._lost = _in_a_line(error)
+                    self._lost = in_a_line(error)
                 return
             if fault is not None:
                 self._end(self._agreed(fault))
@@ -196,7 +196,7 @@ class Watch:
             time.sleep(0.0 if fault else 0.1)
         if fault is None:
             silent = [rank for rank, other in self._seen.items() if other.beat_at < began]
-            broke = f"A connection broke: {_in_a_line(error)}"
+            broke = f"A connection broke: {in_a_line(error)}"
             cause = "cannot be reached any more" if silent else broke
             fault = Fault(tuple(silent), cause, self.rank)
         agreed = self._agreed(fault)
@@ -270,7 +270,7 @@ class Watch:
 
     def fail(self, error: BaseException) -> None:
         """Tells the others that an error ends this rank."""
-        self._ended = f"failed: {_in_a_line(error)}"
+        self._ended = f"failed: {in_a_line(error)}"
         with suppress(Exception):
             fault = Fault((self.rank,), self._ended, self.rank)
             agreed = self._agreed(fault)
@@ -292,15 +292,3 @@ class Watch:
 
 def _first_here() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _in_a_line(error: BaseException) -> str:
-    words = [type(error).__name__, *str(error).splitlines()[:1], getattr(error, "found", None)]
-    return ": ".join(word for word in words if word)
-
-
-def _is_broken_connection(error: Exception) -> bool:
-    if isinstance(error, dist.DistError | ConnectionError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in _CONNECTION_WORDS)
