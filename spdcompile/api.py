@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from spdcompile.compiled import CompiledModel, agree_on
 from spdcompile.errors import UsageError
 from spdcompile.models import ModelSource, resolve_model
 from spdcompile.passes import pipeline
+from spdcompile.passes.base import Program
 from spdcompile.plan import Plan
 from spdcompile.planning import check_tp, choice, make_plan
 from spdcompile.runtime import launch
@@ -75,16 +77,21 @@ def compile(
         base = pipeline.advance(pipeline.start(loaded), passes)
         lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
         where = where or loaded.device
-        if ranks is None:
-            runner: Executor = LocalExecutor(
-                lowering.program, tensors, backend=chosen, device=where
-            )
-        else:
-            runner = DistributedExecutor(
-                lowering.program, tensors, backend=chosen, device=where, ranks=ranks
-            )
-            agree_on(runner, plan, loaded, tensors)
+        runner = _executor(lowering.program, tensors, chosen, where, ranks)
+        agree_on(runner, plan, loaded, tensors)
         return CompiledModel(base, lowering, runner, plan, loaded)
+
+
+def _executor(
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    backend: Backend,
+    device: torch.device,
+    ranks: Ranks | None,
+) -> Executor:
+    if ranks is None:
+        return LocalExecutor(program, tensors, backend=backend, device=device)
+    return DistributedExecutor(program, tensors, backend=backend, device=device, ranks=ranks)
 
 
 @contextmanager
