@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import ExitStack
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +51,14 @@ def generate(compiled: CompiledModel, input_ids: Tensor, **settings: Any) -> Any
         return model.generate(input_ids.to(executor.device), **settings)
     if dist.get_rank(executor.group) != 0:
         settings.pop("streamer", None)
-    with same_random_state(executor.group, executor.device):
+    watch = executor.ranks.watch
+    with ExitStack() as stack:
+        with watch.call("sharing the random state"):
+            stack.enter_context(same_random_state(executor.group, executor.device))
         out = model.generate(input_ids.to(executor.device), **settings)
     tokens = out if isinstance(out, Tensor) else out.sequences
-    agree(executor.group, {"generated tokens": str(tokens.tolist())})
+    with watch.call("comparing the generated tokens"):
+        agree(executor.group, {"generated tokens": str(tokens.tolist())})
     return out
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from spdcompile.cli.quiet import quiet_transformers
 from spdcompile.cli.ranges import dropped_points
 from spdcompile.errors import UsageError
+from spdcompile.files import write_whole
 from spdcompile.models import resolve_model
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
@@ -93,7 +94,7 @@ def _write_json(target: str, model: PreTrainedModel, report: Report) -> None:
         print(text)
         return
     try:
-        Path(target).write_text(f"{text}\n", encoding="utf-8")
+        write_whole(target, f"{text}\n")
     except OSError as error:
         raise _unwritable(target, str(error)) from error
 
