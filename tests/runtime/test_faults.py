@@ -67,7 +67,8 @@ def check_clean(launch: Launch, ended: Ended, folder: Path) -> None:
     assert ended.code != 0
     seconds = ended.at - float((folder / "began").read_text())
     print(f"all gone after {seconds:.1f} s")
-    assert seconds < ALLOWED_S
+    crowd = os.getloadavg()[0] / (os.cpu_count() or 1)  # where others run, all takes longer
+    assert seconds < ALLOWED_S * max(1.0, crowd)
     assert not list(folder.rglob("*.tmp"))
     assert not launch.segments()
 
