@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from spdcompile.errors import RankError, UsageError
 from spdcompile.runtime._torch import default_store, set_timeout
+from spdcompile.runtime.connections import is_broken_connection
 from spdcompile.runtime.faults import PATIENCE_S
 from spdcompile.runtime.watch import Watch
 
@@ -103,7 +104,8 @@ class Job:
             shape = (self._size // tp, tp)
             mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
             ranks = Ranks(mesh.get_group("tp"), mesh.get_group("dp"), self.watch)
-            set_timeout(ranks.group, _LAST_RESORT)
+            if ranks.group is not self.world:  # whose timeout may be the program's own
+                set_timeout(ranks.group, _LAST_RESORT)
             if ranks.num_replicas > 1:
                 set_timeout(ranks.across, _RESULTS_TIMEOUT)
             self.watch.follow(ranks.group)
@@ -191,11 +193,17 @@ class _Hook:
     ) -> None:
         if _current is None:
             self.before(kind, error, trace)
-        elif getattr(error, "on_every_rank", False):
-            _current.watch.say_of_all(error)
+            return
+        watch = _current.watch
+        if isinstance(error, Exception) and is_broken_connection(error):
+            # From a collective of the program's own; or it has nothing to do with ranks.
+            fault = watch.evidence()
+            error = error if fault is None else watch.error(fault)
+        if getattr(error, "on_every_rank", False):
+            watch.say_of_all(error)
         else:
             self.before(kind, error, trace)
-            _current.watch.fail(error)
+            watch.fail(error)
 
 
 _hook = _Hook()

@@ -184,23 +184,24 @@ class Watch:
             return Fault.from_json(self._store.compare_set("fault", "", fault.to_json()))
         return fault
 
-    def explain(self, error: Exception) -> RankError:
-        """The error to raise for a connection that broke: whose fault it is."""
+    def evidence(self) -> Fault | None:
+        """Whose fault it is that a connection broke; None if nothing shows it."""
         began = time.monotonic()
-        fault = None
-        while fault is None and time.monotonic() - began < EVIDENCE_S:
+        while time.monotonic() - began < EVIDENCE_S:
             try:
                 fault = self._exchange() or self._found(broken=True) or self._other_call()
             except Exception:
                 fault = self._torchrun_fault() or self._lost_fault()
-            time.sleep(0.0 if fault else 0.1)
-        if fault is None:
-            silent = [rank for rank, other in self._seen.items() if other.beat_at < began]
-            broke = f"A connection broke: {in_a_line(error)}"
-            cause = "cannot be reached any more" if silent else broke
-            fault = Fault(tuple(silent), cause, self.rank)
-        agreed = self._agreed(fault)
-        return self._error(agreed)
+            if fault is not None:
+                return self._agreed(fault)
+            time.sleep(0.1)
+        silent = tuple(rank for rank, other in self._seen.items() if other.beat_at < began)
+        return self._agreed(Fault(silent, "cannot be reached", self.rank)) if silent else None
+
+    def explain(self, error: Exception) -> RankError:
+        """The error to raise for a connection that broke."""
+        broke = Fault((), f"A connection broke: {in_a_line(error)}", self.rank)
+        return self.error(self.evidence() or self._agreed(broke))
 
     def _other_call(self) -> Fault | None:
         with self._exchanging:
@@ -230,7 +231,8 @@ class Watch:
 
     # ---- ending
 
-    def _error(self, fault: Fault) -> RankError:
+    def error(self, fault: Fault) -> RankError:
+        """The error of a fault."""
         places = [f"rank {r}: process {w.pid} of {w.host}" for r, w in self._who.items()]
         where = [place for r, place in zip(self._who, places, strict=True) if r in fault.ranks]
         error = RankError(
@@ -248,7 +250,7 @@ class Watch:
         if fault.by == self.rank and not self._said:
             self._said = True
             with suppress(OSError):
-                print(f"spdcompile: {self._error(fault)}", file=sys.stderr, flush=True)
+                print(f"spdcompile: {self.error(fault)}", file=sys.stderr, flush=True)
 
     def say_of_all(self, error: BaseException) -> None:
         """Prints an error that every rank raises, on one of them."""

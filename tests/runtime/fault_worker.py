@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import spdcompile
 from spdcompile import CompiledModel, Plan
@@ -85,6 +86,15 @@ def other_call() -> None:
         (second if RANK == FAULTY else first)(token_ids(length=8))
 
 
+def killed_outside() -> None:
+    """The others are in a collective of the program's own."""
+    compiled()
+    if RANK == FAULTY:
+        began()
+        is_killed()
+    dist.barrier()
+
+
 def does_not_come() -> None:
     if RANK == FAULTY:
         began()
@@ -125,6 +135,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "other torch": other_torch,
     "other weights": other_weights,
     "other call": other_call,
+    "killed outside": killed_outside,
     "does not come": does_not_come,
     "compiles long": compiles_long,
     "full disk": saves,

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300
 
 
 class Expected(NamedTuple):
-    """The first line of the one message, and whether waiting for the timeout is needed."""
+    """How the one message begins, and what else stands in the output."""
 
     message: str
     further: str = ""
@@ -32,6 +32,7 @@ class Expected(NamedTuple):
 FAULTS = {
     "raises": Expected("Rank 1 failed: ValueError: no such token."),
     "killed": Expected("Rank 1 was killed, or exited, between two calls."),
+    "killed outside": Expected("Rank 1 was killed, or exited, between two calls."),
     "exits": Expected("Rank 1 exited while others wait for it."),
     "exits at once": Expected("Rank 1 was killed, or exited, between two calls."),
     "stalls": Expected("Rank 1 stalled: the others have waited 5 s; it is between two calls."),
@@ -64,7 +65,10 @@ def started(fault: str, folder: Path, *before: str) -> Iterator[Launch]:
 def check_clean(launch: Launch, ended: Ended, folder: Path) -> None:
     """In time, not successful, no half-written file, no segment."""
     assert ended.code != 0
-    assert ended.at - float((folder / "began").read_text()) < ALLOWED_S
+    seconds = ended.at - float((folder / "began").read_text())
+    print(f"all gone after {seconds:.1f} s")
+    crowd = os.getloadavg()[0] / (os.cpu_count() or 1)  # where others run, all takes longer
+    assert seconds < ALLOWED_S * max(1.0, crowd)
     assert not list(folder.rglob("*.tmp"))
     assert not launch.segments()
 
