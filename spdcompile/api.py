@@ -12,12 +12,15 @@ from spdcompile.errors import UsageError
 from spdcompile.loading import capture_loaded, load_model
 from spdcompile.models import ModelSource
 from spdcompile.passes import pipeline
+from spdcompile.passes.base import Program
+from spdcompile.passes.vocabulary import Vocabulary
 from spdcompile.plan import Plan
 from spdcompile.planning import check_tp, choice, make_plan
 from spdcompile.runtime import launch
 from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.executor import Backend, Executor
 from spdcompile.runtime.local import LocalExecutor
+from spdcompile.runtime.weights import Weights
 
 
 def compile(
@@ -31,6 +34,7 @@ def compile(
     backend: str = "inductor",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    vocab: str | None = None,
 ) -> CompiledModel:
     """Splits a causal LM over `tp` tensor-parallel ranks, drops sync points and makes it callable.
 
@@ -51,6 +55,8 @@ def compile(
         device: where to run; a loaded model's own by default, else the CPU.
         dtype: of the parameters that are read from a directory, such as torch.bfloat16; that of
             its config by default, or else that of its files.
+        vocab: "split" gives each rank its rows of the token embeddings, and their sum is one more
+            all-reduce; "whole" gives each all of them; None splits tables of 256 MiB and more.
 
     Raises:
         CheckpointError: a tensor is missing, extra, misshapen or not finite.
@@ -60,27 +66,30 @@ def compile(
     """
     chosen = choice(Backend, backend, "backend")
     distributed = _is_distributed(executor)
+    table = Vocabulary.BY_SIZE if vocab is None else choice(Vocabulary, vocab, "vocab")
     check_tp(tp)
     if distributed:
         launch.check_world_size(tp, launch.launched_world_size())
     loaded = load_model(model, dtype)
     plan = make_plan(loaded.model, tp, spd_mask, head_groups, router)
     loaded, captured = capture_loaded(loaded)
-    base = pipeline.advance(captured, pipeline.preserving(plan.tp, plan.head_groups))
+    base = pipeline.advance(captured, pipeline.preserving(plan.tp, plan.head_groups, table))
     lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
     del captured
     gc.collect()  # the graph of the whole model, in which nodes point at each other
     where = torch.device(device) if device is not None else loaded.device
-    tensors = loaded.tensors
-    if distributed:
-        group = launch.process_group(where)
-        runner: Executor = DistributedExecutor(
-            lowering.program, tensors, backend=chosen, device=where, group=group
-        )
-        agree_on(runner, plan, loaded.model)
-    else:
-        runner = LocalExecutor(lowering.program, tensors, backend=chosen, device=where)
+    runner = _executor(lowering.program, loaded.tensors, chosen, where, distributed)
+    agree_on(runner, plan, loaded.model)
     return CompiledModel(base, lowering, runner, plan, loaded.model)
+
+
+def _executor(
+    program: Program, tensors: Weights, backend: Backend, device: torch.device, distributed: bool
+) -> Executor:
+    if not distributed:
+        return LocalExecutor(program, tensors, backend=backend, device=device)
+    group = launch.process_group(device)
+    return DistributedExecutor(program, tensors, backend=backend, device=device, group=group)
 
 
 def _is_distributed(executor: str | None) -> bool:

@@ -175,6 +175,7 @@ def agree_on(executor: Executor, plan: Plan, model: PreTrainedModel) -> None:
     if isinstance(executor, DistributedExecutor):
         facts = {
             "plan": plan.content_hash,
+            "vocab": f"split: {sorted(executor.program.parts[0].shards)}",
             "dtype": str(model.dtype),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
