@@ -1,6 +1,6 @@
 """Measures what a rank reads and holds while it loads its slices of a checkpoint.
 
-    python examples/measure_loading.py [--tp 4] [--layers 12] [--dtype bfloat16]
+    python examples/measure_loading.py [--tp 4] [--layers 12] [--dtype bfloat16] [--vocab split]
 
 A random checkpoint of 1 GB or more is made on the spot, in several files, and compiled with one
 process a rank under torchrun. The peak is VmHWM of /proc, the imports of torch and transformers
@@ -68,10 +68,10 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return tensor.normal_(std=shape[-1] ** -0.5, generator=generator)
 
 
-def rank_main(folder: Path, tp: int, dtype: torch.dtype) -> None:
+def rank_main(folder: Path, tp: int, dtype: torch.dtype, vocab: str | None) -> None:
     """Compiles as one rank; writes what it took to FOLDER/rank_<r>.json."""
     import spdcompile
-    from spdcompile.runtime.stored import FileTensor
+    from spdcompile.runtime.file_tensor import FileTensor
 
     torch.set_num_threads(1)
     reads: list[tuple[str, int, int]] = []
@@ -83,7 +83,7 @@ def rank_main(folder: Path, tp: int, dtype: torch.dtype) -> None:
 
     FileTensor._read_run = counted
     imported, began = peak(), time.perf_counter()
-    compiled = spdcompile.compile(folder, tp=tp, backend="eager", dtype=dtype)
+    compiled = spdcompile.compile(folder, tp=tp, backend="eager", dtype=dtype, vocab=vocab)
     seconds, loaded = time.perf_counter() - began, peak()
     compiled(torch.ones((1, 16), dtype=torch.long))
     shares = {
@@ -121,10 +121,11 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=4)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--dtype", default="bfloat16", help="dtype on load")
+    parser.add_argument("--vocab", choices=("split", "whole"), help="default: by size")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank_of is not None:
-        rank_main(args.rank_of, args.tp, getattr(torch, args.dtype))
+        rank_main(args.rank_of, args.tp, getattr(torch, args.dtype), args.vocab)
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -132,6 +133,7 @@ def main() -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc-per-node", str(args.tp), __file__, "--rank-of", name]
         command += ["--tp", str(args.tp), "--dtype", args.dtype]
+        command += ["--vocab", args.vocab] if args.vocab else []
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
     print(f"\n{total / MB:.0f} MB in bfloat16, loaded in {args.dtype}, tp {args.tp}; MB:\n")

@@ -23,6 +23,7 @@ from spdcompile.passes.split import split
 from spdcompile.passes.sync import insert_sync_points
 from spdcompile.passes.tokens import follow_tokens
 from spdcompile.passes.verify import verify
+from spdcompile.passes.vocabulary import SplitVocabulary, Vocabulary
 from spdcompile.plan import Router
 
 _LOG = logging.getLogger(__name__)
@@ -44,7 +45,9 @@ class Step:
         return self.body(program)
 
 
-def preserving(tp: int, head_groups: HeadGroups) -> tuple[Step, ...]:
+def preserving(
+    tp: int, head_groups: HeadGroups, vocabulary: Vocabulary = Vocabulary.BY_SIZE
+) -> tuple[Step, ...]:
     """The passes that keep the numbers: from the captured graph to a program for `tp` ranks."""
     exact, rounding = Numerics.EXACT, Numerics.ROUNDING
     normal = _START | {_I.NORMAL}
@@ -62,6 +65,7 @@ def preserving(tp: int, head_groups: HeadGroups) -> tuple[Step, ...]:
         Step("propagate", propagate, rounding, assigned, placed),
         Step("sync", insert_sync_points, rounding, placed, synced),
         Step("localize", localize, exact, synced, local),
+        Step("vocabulary", SplitVocabulary(vocabulary), exact, local, local),
     )
 
 

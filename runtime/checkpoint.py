@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from spdcompile.errors import CheckpointError
 from spdcompile.runtime import _transformers as hf
-from spdcompile.runtime.stored import FileTensor, Stored
+from spdcompile.runtime.file_tensor import FileTensor
+from spdcompile.runtime.stored import Stored
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LISTED = 3  # names that a message lists

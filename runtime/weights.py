@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from spdcompile.errors import CheckpointError, UsageError
 from spdcompile.passes.base import ParamRef, Part, Program
 from spdcompile.passes.layout import ShardSpec
-from spdcompile.runtime.stored import Stored
+from spdcompile.runtime.stored import Kept, Stored
 
 Weights = Mapping[str, Tensor | Stored]
 """Global tensors under their state_dict names, in memory or in files."""
@@ -38,20 +39,42 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def read_shared(program: Program, tensors: Weights) -> Weights:
-    """The same with what several parameters of a program share read into memory, once."""
-    uses: dict[int, list[ParamRef]] = defaultdict(list)
+    """The same with what several parameters of a program share read once, and held once.
+
+    Parameters with one split of it get one tensor. If the splits differ it is read whole.
+    """
+    uses: dict[int, set[tuple[bool, ShardSpec | None]]] = defaultdict(set)
+    names: dict[int, list[ParamRef]] = defaultdict(list)
     for part in program.parts:
-        for ref in part.params.values():
+        for name, ref in part.params.items():
             if not ref.constant and isinstance(tensors[ref.fqn], Stored):
-                uses[id(tensors[ref.fqn])].append(ref)
-    read: dict[str, Tensor] = {}
-    for refs in uses.values():
-        stored, first = tensors[refs[0].fqn], refs[0]
+                key = id(tensors[ref.fqn])
+                uses[key].add((ref.transposed, part.shards.get(name)))
+                names[key].append(ref)
+    shared: dict[str, Tensor | Stored] = {}
+    for key, refs in names.items():
+        stored = tensors[refs[0].fqn]
         if len(refs) > 1 and isinstance(stored, Stored):
-            whole = stored.whole(first.dtype)
-            check_finite(whole, stored.place)
-            read.update({ref.fqn: whole for ref in refs})
-    return {**tensors, **read}
+            made = _shared(stored, uses[key], refs[0].dtype)
+            shared.update({ref.fqn: made for ref in refs})
+    return {**tensors, **shared}
+
+
+def _shared(
+    stored: Stored, uses: set[tuple[bool, ShardSpec | None]], dtype: torch.dtype
+) -> Tensor | Stored:
+    splits = [spec for _, spec in uses]
+    turned = {transposed for transposed, _ in uses}
+    first = splits[0]
+    if first is not None and len(turned) == 1 and all(_alike(first, spec) for spec in splits):
+        return Kept(stored.shape, stored.dtype, stored)
+    whole = stored.whole(dtype)
+    check_finite(whole, stored.place)
+    return whole
+
+
+def _alike(spec: ShardSpec, other: ShardSpec | None) -> bool:
+    return other is not None and spec.dim == other.dim and np.array_equal(spec.index, other.index)
 
 
 def bind(

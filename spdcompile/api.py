@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PreTrainedModel
 
 from spdcompile.compiled import CompiledModel, agree_on
-from spdcompile.errors import UsageError
 from spdcompile.loading import capture_loaded, load_model
 from spdcompile.models import ModelSource
 from spdcompile.passes import pipeline
-from spdcompile.passes.base import Program
+from spdcompile.passes.vocabulary import Vocabulary
 from spdcompile.plan import Plan
 from spdcompile.planning import check_tp, choice, make_plan
-from spdcompile.runtime import launch
-from spdcompile.runtime.distributed import DistributedExecutor
-from spdcompile.runtime.executor import Backend, Executor
-from spdcompile.runtime.job import Ranks, chosen_timeout, join
-from spdcompile.runtime.local import LocalExecutor
-from spdcompile.runtime.weights import Weights
+from spdcompile.running import Running
 
 
 def compile(
@@ -36,6 +28,7 @@ def compile(
     backend: str = "inductor",
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    vocab: str | None = None,
     timeout: float | None = None,
 ) -> CompiledModel:
     """Splits a causal LM over `tp` tensor-parallel ranks, drops sync points and makes it callable.
@@ -57,6 +50,8 @@ def compile(
         device: where to run; a loaded model's own by default, else the CPU.
         dtype: of the parameters that are read from a directory, such as torch.bfloat16; that of
             its config by default, or else that of its files.
+        vocab: "split" gives each rank its rows of the token embeddings, and their sum is one more
+            all-reduce; "whole" gives each all of them; None splits tables of 256 MiB and more.
         timeout: seconds that ranks may wait for one before it counts as stalled and all of them
             end; loading and compiling are not counted. 120 by default; SPD_TIMEOUT overrides it.
 
@@ -68,58 +63,16 @@ def compile(
         PlanError: the ranks do not run the same model, weights, plan or versions.
         RankError: a rank failed, stalled or ended.
     """
-    chosen = choice(Backend, backend, "backend")
-    distributed = _is_distributed(executor)
     check_tp(tp)
-    seconds = chosen_timeout(timeout)
-    if distributed:
-        launch.check_world_size(tp, launch.launched_world_size())
-    where = None if device is None else torch.device(device)
-    with _ranks(model, tp, where, seconds) if distributed else nullcontext() as ranks:
+    table = Vocabulary.BY_SIZE if vocab is None else choice(Vocabulary, vocab, "vocab")
+    with Running(tp, executor, backend, device, timeout).among_ranks(model) as running:
         loaded = load_model(model, dtype)
         plan = make_plan(loaded.model, tp, spd_mask, head_groups, router)
         loaded, captured = capture_loaded(loaded)
-        base = pipeline.advance(captured, pipeline.preserving(plan.tp, plan.head_groups))
+        base = pipeline.advance(captured, pipeline.preserving(plan.tp, plan.head_groups, table))
         lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
         del captured
         gc.collect()  # the graph of the whole model, in which nodes point at each other
-        where = where or loaded.device
-        runner = _executor(lowering.program, loaded.tensors, chosen, where, ranks)
+        runner = running.executor(lowering.program, loaded.tensors, loaded.device)
         agree_on(runner, plan, loaded.model, loaded.tensors)
         return CompiledModel(base, lowering, runner, plan, loaded.model)
-
-
-def _executor(
-    program: Program,
-    tensors: Weights,
-    backend: Backend,
-    device: torch.device,
-    ranks: Ranks | None,
-) -> Executor:
-    if ranks is None:
-        return LocalExecutor(program, tensors, backend=backend, device=device)
-    return DistributedExecutor(program, tensors, backend=backend, device=device, ranks=ranks)
-
-
-@contextmanager
-def _ranks(
-    model: ModelSource, tp: int, device: torch.device | None, timeout: float
-) -> Iterator[Ranks]:
-    """This rank among the others, which bear with it while it loads and compiles."""
-    if device is None:
-        device = model.device if isinstance(model, PreTrainedModel) else torch.device("cpu")
-    job = join(device, timeout)
-    with job.watch.patience():
-        yield job.ranks(tp, device)
-
-
-def _is_distributed(executor: str | None) -> bool:
-    if executor is None:
-        return launch.launched_world_size() > 1
-    if executor not in ("local", "distributed"):
-        raise UsageError(
-            f"There is no executor {executor!r}.",
-            where="executor",
-            needed="'local', 'distributed' or None",
-        )
-    return executor == "distributed"

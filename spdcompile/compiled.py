@@ -225,6 +225,7 @@ def agree_on(
     if isinstance(executor, DistributedExecutor):
         facts = {
             "plan": plan.content_hash,
+            "vocab": f"split: {sorted(executor.program.parts[0].shards)}",
             "dtype": str(model.dtype),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

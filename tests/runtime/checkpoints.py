@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spdcompile.runtime.stored import FileTensor
+from spdcompile.runtime.file_tensor import FileTensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

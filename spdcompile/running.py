@@ -1,0 +1,84 @@
+"""Where and how a program is to run, as a caller says it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from spdcompile.errors import UsageError
+from spdcompile.models import ModelSource
+from spdcompile.passes.base import Program
+from spdcompile.planning import choice
+from spdcompile.runtime import launch
+from spdcompile.runtime.distributed import DistributedExecutor
+from spdcompile.runtime.executor import Backend, Executor
+from spdcompile.runtime.job import Ranks, chosen_timeout, join
+from spdcompile.runtime.local import LocalExecutor
+from spdcompile.runtime.weights import Weights
+
+
+class Running:
+    """The executor, backend, device and timeout that `spdcompile.compile` takes.
+
+    Raises:
+        UsageError: there is no such executor or backend, or WORLD_SIZE is no multiple of tp.
+    """
+
+    def __init__(
+        self,
+        tp: int,
+        executor: str | None,
+        backend: str,
+        device: torch.device | str | None,
+        timeout: float | None,
+    ) -> None:
+        self.tp = tp
+        self.backend = choice(Backend, backend, "backend")
+        self.distributed = _is_distributed(executor)
+        self.device = None if device is None else torch.device(device)
+        self.timeout = chosen_timeout(timeout)
+        self.ranks: Ranks | None = None
+        if self.distributed:
+            launch.check_world_size(tp, launch.launched_world_size())
+
+    @contextmanager
+    def among_ranks(self, model: ModelSource) -> Iterator[Running]:
+        """This rank among the others, which bear with it while it loads and compiles."""
+        if not self.distributed:
+            yield self
+            return
+        device = self.device
+        if device is None:
+            device = model.device if isinstance(model, PreTrainedModel) else torch.device("cpu")
+        job = join(device, self.timeout)
+        with job.watch.patience():
+            self.ranks = job.ranks(self.tp, device)
+            yield self
+
+    def executor(self, program: Program, tensors: Weights, device: torch.device) -> Executor:
+        """What runs a program.
+
+        Args:
+            device: where the weights are, used unless the caller named one.
+        """
+        where, backend = self.device or device, self.backend
+        if self.ranks is None:
+            return LocalExecutor(program, tensors, backend=backend, device=where)
+        return DistributedExecutor(
+            program, tensors, backend=backend, device=where, ranks=self.ranks
+        )
+
+
+def _is_distributed(executor: str | None) -> bool:
+    if executor is None:
+        return launch.launched_world_size() > 1
+    if executor not in ("local", "distributed"):
+        raise UsageError(
+            f"There is no executor {executor!r}.",
+            where="executor",
+            needed="'local', 'distributed' or None",
+        )
+    return executor == "distributed"
