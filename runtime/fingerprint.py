@@ -10,8 +10,7 @@ from torch import Tensor
 from spdcompile.runtime.stored import Stored
 from spdcompile.runtime.weights import Weights
 
-_ROWS = 4
-_SAMPLES = 256  # of each tensor, evenly spaced
+_ROWS, _LENGTH = 4, 64  # of the sample of each tensor
 
 
 def fingerprint(tensors: Weights) -> str:
@@ -29,24 +28,18 @@ def fingerprint(tensors: Weights) -> str:
 
 
 def _samples(tensor: Tensor | Stored) -> Tensor:
-    if isinstance(tensor, Stored):
-        return _read(tensor)
-    count = tensor.numel()
-    if not count or not tensor.ndim:
-        return tensor.reshape(-1).cpu().contiguous()
-    steps = min(count, _SAMPLES)
-    flat = torch.arange(steps, device=tensor.device) * (count - 1) // max(steps - 1, 1)
-    return tensor[torch.unravel_index(flat, tensor.shape)].cpu().contiguous()
-
-
-def _read(stored: Stored) -> Tensor:
-    """The begin of a few rows."""
-    if not stored.shape or 0 in stored.shape:
-        return stored.whole(stored.dtype).reshape(-1)
-    *rows, last = stored.shape
-    length = min(last, _SAMPLES // _ROWS)
-    out = torch.empty((_ROWS, length), dtype=stored.dtype)
+    """The begin of a few rows; all of a tensor without dims or entries."""
+    shape = tuple(tensor.shape)
+    if not shape or 0 in shape:
+        whole = tensor.whole(tensor.dtype) if isinstance(tensor, Stored) else tensor
+        return whole.reshape(-1).cpu().contiguous()
+    *rows, last = shape
+    length = min(last, _LENGTH)
+    out = torch.empty((_ROWS, length), dtype=tensor.dtype)
     for number, row in enumerate(out):
         starts = tuple((size - 1) * number // (_ROWS - 1) for size in rows)
-        stored.fill(row.reshape([1] * len(rows) + [length]), (*starts, 0))
+        if isinstance(tensor, Stored):
+            tensor.fill(row.reshape([1] * len(rows) + [length]), (*starts, 0))
+        else:
+            row.copy_(tensor[starts][:length])
     return out

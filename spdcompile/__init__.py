@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "compile": "api",
-    "CompiledModel": "api",
+    "load": "artefact",
+    "CompiledModel": "compiled",
     "Plan": "plan",
     "Router": "plan",
     "calibrate": "calibration",

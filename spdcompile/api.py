@@ -75,4 +75,4 @@ def compile(
         gc.collect()  # the graph of the whole model, in which nodes point at each other
         runner = running.executor(lowering.program, loaded.tensors, loaded.device)
         agree_on(runner, plan, loaded.model, loaded.tensors)
-        return CompiledModel(base, lowering, runner, plan, loaded.model)
+        return CompiledModel(base, lowering, runner, plan, loaded.model, loaded.directory)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -44,6 +46,7 @@ class CompiledModel:
         plan: what was dropped.
         model: the model that was compiled; on the meta device where ranks read their weights
             from files.
+        directory: where it was read from, if it was.
     """
 
     def __init__(
@@ -53,9 +56,12 @@ class CompiledModel:
         executor: Executor,
         plan: Plan,
         model: PreTrainedModel,
+        directory: Path | None = None,
     ) -> None:
         self.base, self.lowering, self.executor = base, lowering, executor
         self.plan, self.model, self.config = plan, model, model.config
+        self.directory = directory
+        self.weights_replaced = False
 
     def with_mask(self, spd_mask: Sequence[bool] | Plan | None) -> CompiledModel:
         """The same model with other sync points dropped; weights and compiled blocks are shared.
@@ -84,7 +90,7 @@ class CompiledModel:
         with _patience(self.executor):
             lowering = pipeline.advance(self.base, pipeline.changing(plan.dropped, plan.router))
             executor = self.executor.with_program(lowering.program)
-        return CompiledModel(self.base, lowering, executor, plan, self.model)
+        return CompiledModel(self.base, lowering, executor, plan, self.model, self.directory)
 
     @torch.no_grad()
     def __call__(
@@ -148,15 +154,23 @@ class CompiledModel:
     @property
     def cache_refusal(self) -> str:
         """Why the model has no KV cache; "" if it has one."""
-        refusals = [r.reason for r in self.base.program.refusals if r.subject == CACHE]
+        refusals = [r.reason for r in self.program.refusals if r.subject == CACHE]
         return refusals[0] if refusals else ""
 
     @cached_property
     def _remembering(self) -> Executor:
         """Runs the same program on new tokens alone."""
         with _patience(self.executor):
-            lowering = pipeline.advance(self.lowering, pipeline.remembering())
-            return self.executor.with_program(lowering.program)
+            return self.executor.with_program(self.remembering_program)
+
+    @cached_property
+    def remembering_program(self) -> Program:
+        """The program that runs on new tokens alone.
+
+        Raises:
+            RefusalError: there is none; see `cache_refusal`.
+        """
+        return pipeline.advance(self.lowering, pipeline.remembering()).program
 
     def with_weights(self, tensors: Mapping[str, Tensor]) -> CompiledModel:
         """The same program over other weights, such as distillation gives.
@@ -165,8 +179,18 @@ class CompiledModel:
             tensors: new global tensors under their state_dict names; the others stay.
         """
         agree_on(self.executor, self.plan, self.model, tensors)
-        executor = self.executor.with_tensors(tensors)
-        return CompiledModel(self.base, self.lowering, executor, self.plan, self.model)
+        other = copy.copy(self)
+        other.__dict__.pop("_remembering", None)
+        other.executor = self.executor.with_tensors(tensors)
+        other.weights_replaced = True
+        return other
+
+    def save(self, directory: str | Path, *, weights: str = "reference") -> None:
+        """Writes an artefact that `spdcompile.load` starts from; see `artefact.save`."""
+        # Not above: that module restores what this class is.
+        from spdcompile.artefact import save
+
+        save(self, directory, weights=weights)
 
     @property
     def num_replicas(self) -> int:
