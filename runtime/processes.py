@@ -21,7 +21,7 @@ class Identity:
 
     Args:
         host: name of its machine, for readers.
-        place: machine and namespace in which `pid` counts.
+        place: machine and namespaces in which `pid` counts; another network is another machine.
         pid: its number there.
         born: when it started, since numbers are used again.
     """
@@ -57,7 +57,7 @@ class Identity:
 def _place() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+        return "/".join([boot, *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net"))])
     except OSError:  # no Linux: then nobody is local
         return socket.gethostname()
 
