@@ -23,12 +23,13 @@ from spdcompile.passes.concrete import call_of
 from spdcompile.passes.layout import Layout
 from spdcompile.passes.ops import ATTENTION, GROUPED_MM
 from spdcompile.passes.placement import RULES
+from spdcompile.passes.placement.movement import Movement
 from spdcompile.passes.placement.types import R, Shard
 
 aten = torch.ops.aten
 # Keys of a node's meta: the dim that counts tokens, and whether it holds their columns.
 TOKENS, COLUMNS = "tokens", "columns"
-_BATCH, _LENGTH = 1, 7
+_BATCH, _LENGTH = 2, 7
 _SHAPE_ONLY = {
     *(aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format),
     *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
@@ -39,9 +40,9 @@ COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 SUBJECT = "KV cache"
 
 
-def _layout(share: int = 1) -> Layout:
-    """A dim of the tokens' shares, one after the other."""
-    return Layout("tokens", _LENGTH, np.repeat(np.arange(_LENGTH), share))
+def _layout(share: int = 1, batch: int = 1) -> Layout:
+    """A dim of the tokens' shares, one after the other, for one sequence after the other."""
+    return Layout("tokens", _LENGTH, np.tile(np.repeat(np.arange(_LENGTH), share), batch))
 
 
 _LAYOUT = _layout()
@@ -56,11 +57,12 @@ def follow_tokens(program: Program) -> PassResult:
 
     Where that cannot be had, the program is left as it is, with the reason as a refusal.
     """
+    given, program = program, program.map_graphs(lambda _, block: block.copied())
     try:
         marks = _marks(program)
     except _MixedError as why:
         refusal = Refusal(SUBJECT, str(why))
-        refused = replace(program, refusals=(*program.refusals, refusal))
+        refused = replace(given, refusals=(*given.refusals, refusal))
         return PassResult(refused, 0, (refusal,))
     for node, dim in marks.items():
         node.meta[TOKENS] = dim
@@ -145,6 +147,8 @@ class _Follower:
         if node.target is aten.embedding.default:
             return self.placements[node.args[1]]
         rule = RULES.get(call.target)
+        if not isinstance(rule, Movement) and any(map(self._depends, _numbers(node))):
+            self._refuse(node, "computes with the number of tokens")
         answer = None if rule is None else rule.place(call)
         if answer is None or answer.cuts:
             self._refuse(node, "mixes tokens")
@@ -179,10 +183,12 @@ class _Follower:
         if isinstance(value, list | tuple):
             return [R for _ in value]
         dims = [dim for dim, size in enumerate(value.shape) if self._depends(size)]
-        if len(dims) != 1 or self._size(value.shape[dims[0]]) % _LENGTH:
+        if len(dims) != 1:
             return R
-        share = self._size(value.shape[dims[0]]) // _LENGTH
-        return Shard(dims[0], _layout(share))
+        size = value.shape[dims[0]]
+        batch = 1 if size.node.expr.free_symbols == {self.length} else _BATCH
+        share, rest = divmod(self._size(size), _LENGTH * batch)
+        return R if rest else Shard(dims[0], _layout(share, batch))
 
     def _depends(self, size: Any) -> bool:
         return isinstance(size, torch.SymInt) and self.length in size.node.expr.free_symbols

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._C import (
     DispatchKey,
@@ -22,6 +24,7 @@ from torch._C._functorch import is_batchedtensor, maybe_current_level, maybe_get
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch._ops import OpOverload
 from torch.autograd.function import _SingleLevelFunction
+from torch.distributed import distributed_c10d
 from torch.utils import _pytree as pytree
 
 
@@ -119,3 +122,30 @@ def register_unbatched_vmap(
 
 def _batched_by_innermost_vmap(value: Tensor) -> bool:
     return is_batchedtensor(value) and maybe_get_level(value) == maybe_current_level()
+
+
+def started_collectives(group: dist.ProcessGroup) -> int:
+    """How many collectives of a group this process has started, waited for or not."""
+    return group._get_sequence_number_for_group()
+
+
+def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """How long a group's collectives may take from now on."""
+    distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def default_store() -> dist.Store:
+    """A connection of its own to the store of the default process group."""
+    return distributed_c10d._get_default_store().clone()
+
+
+def on_compilation(begin: Callable[[Any], None], end: Callable[[Any], None]) -> None:
+    """Calls `begin` before, and `end` after, all that torch.compile does in this process.
+
+    May be called again with the same functions: torch.compiler.reset() forgets them.
+    """
+    from torch._dynamo.callback import callback_handler  # takes long to import
+
+    if begin not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(begin)
+        callback_handler.register_end_callback(end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, fx
 from spdcompile.passes.base import Part, Program
 from spdcompile.passes.ops import GATHER, SYNC
 from spdcompile.passes.verify import count_sync_nodes
+from spdcompile.runtime.cache import KVCache
 from spdcompile.runtime.executor import Backend, Executor, Function, on_device
+from spdcompile.runtime.job import Ranks
 from spdcompile.runtime.weights import bind
 
 _COLLECTIVES = torch.ops._c10d_functional
@@ -22,7 +25,7 @@ class DistributedExecutor(Executor):
     """Runs this rank of a program; every rank of the group must call it alike.
 
     Args:
-        group: a process group of `program.tp` ranks.
+        ranks: whose group has `program.tp` ranks.
     """
 
     stacks_ranks = False
@@ -34,10 +37,31 @@ class DistributedExecutor(Executor):
         *,
         backend: Backend,
         device: torch.device,
-        group: dist.ProcessGroup,
+        ranks: Ranks,
     ) -> None:
-        self.group = group
+        self.ranks, self.group = ranks, ranks.group
         super().__init__(program, tensors, backend=backend, device=device)
+
+    def run(
+        self, inputs: Mapping[str, Tensor], cache: KVCache | None = None, last: int = 0
+    ) -> Tensor:
+        sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+        with self.ranks.watch.call(f"program {self.digest} on {sizes}"):
+            return super().run(inputs, cache, last)
+
+    def call(
+        self, part: Part, env: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        self.ranks.watch.at(f"in {part.name}")
+        return super().call(part, env, params)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        emitted = [
+            f"{part.name} {self._emitted[self.program.graph_of(part).module]}"
+            for part in self.program.parts
+        ]
+        self.digest = hashlib.sha256("\n".join(emitted).encode()).hexdigest()[:8]
 
     def _bind(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return bind(self.program, part, tensors, self.device, dist.get_rank(self.group))

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from spdcompile.errors import PlanError, UsageError
-
-COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 
 
 def launched_world_size(environ: Mapping[str, str] = os.environ) -> int:
@@ -21,29 +18,19 @@ def launched_world_size(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def check_world_size(tp: int, world_size: int) -> None:
-    """Each rank is one process.
+    """Each rank is one process; further processes hold replicas of the model.
 
     Raises:
-        UsageError: WORLD_SIZE is not tp.
+        UsageError: WORLD_SIZE is no multiple of tp.
     """
-    if world_size != tp:
+    if world_size % tp:
         raise UsageError(
             f"WORLD_SIZE={world_size} but tp={tp}.",
             where="torchrun",
             found=f"{world_size} processes",
-            needed=f"{tp}, one a rank",
+            needed=f"{tp}, one a rank, or a multiple of it, for replicas",
             fix=f"start it with --nproc-per-node {tp}, or pass executor='local'",
         )
-
-
-def process_group(device: torch.device) -> dist.ProcessGroup:
-    """The default process group; made from torchrun's environment if there is none yet."""
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    group = dist.group.WORLD
-    assert group is not None, "init_process_group leaves a default group"
-    return group
 
 
 def agree(group: dist.ProcessGroup, facts: Mapping[str, str]) -> None:
@@ -57,14 +44,17 @@ def agree(group: dist.ProcessGroup, facts: Mapping[str, str]) -> None:
     for name in facts:
         values = [other.get(name, "nothing") for other in everyone]
         if len(set(values)) > 1:
-            listing = "\n".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            raise PlanError(
+            ranks = dist.get_process_group_ranks(group)
+            listing = [f"rank {rank}: {value}" for rank, value in zip(ranks, values, strict=True)]
+            error = PlanError(
                 f"The ranks do not run the same {name}.",
-                where=f"rank {dist.get_rank(group)}",
-                found=listing,
+                where=f"rank {dist.get_rank()}",
+                found="\n".join(listing),
                 needed=f"one {name} on every rank",
                 fix="start every rank with the same model, plan and versions",
             )
+            error.on_every_rank = True
+            raise error
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -25,7 +26,12 @@ from spdcompile.runtime import launch
 from spdcompile.runtime.cache import KVCache
 from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.executor import Executor
+from spdcompile.runtime.fingerprint import fingerprint
 from spdcompile.runtime.inputs import program_inputs
+from spdcompile.runtime.weights import Weights
+
+_Request = TypeVar("_Request")
+_Result = TypeVar("_Result")
 
 
 class CompiledModel:
@@ -75,8 +81,9 @@ class CompiledModel:
                 fix="compile the model anew with this plan",
             )
         agree_on(self.executor, plan, self.model)
-        lowering = pipeline.advance(self.base, pipeline.changing(plan.dropped, plan.router))
-        executor = self.executor.with_program(lowering.program)
+        with _patience(self.executor):
+            lowering = pipeline.advance(self.base, pipeline.changing(plan.dropped, plan.router))
+            executor = self.executor.with_program(lowering.program)
         return CompiledModel(self.base, lowering, executor, plan, self.model)
 
     @torch.no_grad()
@@ -147,8 +154,9 @@ class CompiledModel:
     @cached_property
     def _remembering(self) -> Executor:
         """Runs the same program on new tokens alone."""
-        lowering = pipeline.advance(self.lowering, pipeline.remembering())
-        return self.executor.with_program(lowering.program)
+        with _patience(self.executor):
+            lowering = pipeline.advance(self.lowering, pipeline.remembering())
+            return self.executor.with_program(lowering.program)
 
     def with_weights(self, tensors: Mapping[str, Tensor]) -> CompiledModel:
         """The same program over other weights, such as distillation gives.
@@ -156,8 +164,41 @@ class CompiledModel:
         Args:
             tensors: new global tensors under their state_dict names; the others stay.
         """
+        agree_on(self.executor, self.plan, self.model, tensors)
         executor = self.executor.with_tensors(tensors)
         return CompiledModel(self.base, self.lowering, executor, self.plan, self.model)
+
+    @property
+    def num_replicas(self) -> int:
+        """How many copies of the model run side by side: WORLD_SIZE / tp."""
+        executor = self.executor
+        return executor.ranks.num_replicas if isinstance(executor, DistributedExecutor) else 1
+
+    @property
+    def replica(self) -> int:
+        """Which of the copies this process is part of."""
+        executor = self.executor
+        return executor.ranks.replica if isinstance(executor, DistributedExecutor) else 0
+
+    def split_requests(self, requests: Sequence[_Request]) -> Sequence[_Request]:
+        """This replica's share of requests that every process has: each num_replicas-th."""
+        return requests[self.replica :: self.num_replicas]
+
+    def over_replicas(
+        self, run: Callable[[_Request], _Result], requests: Sequence[_Request]
+    ) -> list[_Result]:
+        """Runs each request on one replica; all processes must call it alike.
+
+        Args:
+            run: called with one request at a time, alike on all ranks of a replica.
+            requests: the same ones in every process.
+
+        Returns: in every process, the result of each request, in order.
+        """
+        results = [run(request) for request in self.split_requests(requests)]
+        if isinstance(self.executor, DistributedExecutor):
+            results = self.executor.ranks.joined(results, len(requests))
+        return results
 
     @property
     def program(self) -> Program:
@@ -170,8 +211,17 @@ class CompiledModel:
         return build_report(self.lowering)
 
 
-def agree_on(executor: Executor, plan: Plan, model: PreTrainedModel) -> None:
-    """Ranks compare what they are about to run; one process has nothing to compare."""
+def agree_on(
+    executor: Executor,
+    plan: Plan,
+    model: PreTrainedModel,
+    tensors: Weights | None = None,
+) -> None:
+    """Ranks compare what they are about to run; one process has nothing to compare.
+
+    Args:
+        tensors: the global weights, if the ranks do not share them already.
+    """
     if isinstance(executor, DistributedExecutor):
         facts = {
             "plan": plan.content_hash,
@@ -181,4 +231,20 @@ def agree_on(executor: Executor, plan: Plan, model: PreTrainedModel) -> None:
             "transformers": transformers.__version__,
             "config": model.config.to_json_string(),
         }
-        launch.agree(executor.group, facts)
+        ranks = executor.ranks
+        with ranks.watch.call("comparing plan and weights"):
+            if tensors is not None:
+                facts["weights"] = fingerprint(tensors)
+                if ranks.num_replicas > 1:
+                    launch.agree(ranks.across, facts)
+            launch.agree(ranks.group, facts)
+
+
+@contextmanager
+def _patience(executor: Executor) -> Iterator[None]:
+    """The other ranks bear with this one while it compiles."""
+    if not isinstance(executor, DistributedExecutor):
+        yield
+        return
+    with executor.ranks.watch.patience():
+        yield

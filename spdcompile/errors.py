@@ -22,6 +22,9 @@ class SpdCompileError(Exception):
     send one to its parent process.
     """
 
+    on_every_rank = False
+    """Whether all ranks raise it, so that one of them is enough to print it."""
+
     def __init__(
         self,
         summary: str,
@@ -88,6 +91,20 @@ class InvariantError(SpdCompileError):
 
 class PlanError(SpdCompileError, ValueError):
     """A plan is malformed, or is not the plan of this model, tp or group of ranks."""
+
+
+class ArtefactError(SpdCompileError, ValueError):
+    """A saved artefact is malformed, damaged, or of another model."""
+
+
+class SaveError(SpdCompileError):
+    """A file could not be written; nothing of it is left, and what was there before still is."""
+
+
+class RankError(SpdCompileError):
+    """A rank failed, stalled or ended, or the ranks do not fit together: none can go on."""
+
+    on_every_rank = True
 
 
 class CollectiveCountError(SpdCompileError):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import ExitStack
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +29,13 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 # What generate() passes on and a program has no use for, unless it asks for something.
-_IGNORED = {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+_IGNORED = {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "tokenizer"}
+
+
+@cache
+def _tell(reason: str) -> None:
+    """Once a reason, not once a call."""
+    _LOG.warning("Without a KV cache, all tokens are computed at each step: %s", reason)
 
 
 def generate(compiled: CompiledModel, input_ids: Tensor, **settings: Any) -> Any:
@@ -43,10 +51,14 @@ def generate(compiled: CompiledModel, input_ids: Tensor, **settings: Any) -> Any
         return model.generate(input_ids.to(executor.device), **settings)
     if dist.get_rank(executor.group) != 0:
         settings.pop("streamer", None)
-    with same_random_state(executor.group, executor.device):
+    watch = executor.ranks.watch
+    with ExitStack() as stack:
+        with watch.call("sharing the random state"):
+            stack.enter_context(same_random_state(executor.group, executor.device))
         out = model.generate(input_ids.to(executor.device), **settings)
     tokens = out if isinstance(out, Tensor) else out.sequences
-    agree(executor.group, {"generated tokens": str(tokens.tolist())})
+    with watch.call("comparing the generated tokens"):
+        agree(executor.group, {"generated tokens": str(tokens.tolist())})
     return out
 
 
@@ -114,7 +126,7 @@ class _Compiled:
         if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
             return
         if reason := self.compiled.cache_refusal:
-            _LOG.warning("Without a KV cache, all tokens are computed at each step: %s", reason)
+            _tell(reason)
             generation_config.use_cache = model_kwargs["use_cache"] = False
             return
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)

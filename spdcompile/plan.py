@@ -10,7 +10,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from spdcompile.errors import PlanError, UsageError
+from spdcompile.errors import PlanError, SaveError, UsageError
+from spdcompile.files import write_whole
 
 Point = tuple[int, str]
 HeadGroups = Mapping[int, tuple[tuple[int, ...], ...]]
@@ -93,8 +94,20 @@ class Plan:
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Writes the plan as JSON, whole or not at all.
+
+        Raises:
+            SaveError: the file cannot be written.
+        """
+        try:
+            write_whole(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        except OSError as error:
+            raise SaveError(
+                "The plan cannot be written.",
+                where=str(path),
+                found=str(error),
+                needed="room on the disk and the right to write there; what was there is unchanged",
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

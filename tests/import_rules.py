@@ -14,7 +14,7 @@ LINKED = ("passes", "runtime")  # folders at the top that install below spdcompi
 
 # A module may import from its own level and from those below it.
 FOUNDATION, PASSES, RUNTIME, FACE, OUTSIDE = range(5)
-FOUNDATION_NAMES = {"errors", "config", "plan", "log", "__version__"}
+FOUNDATION_NAMES = {"errors", "config", "files", "plan", "log", "__version__"}
 
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 60

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spdcompile import __version__, log
-from spdcompile.cli import trace_and_report
+from spdcompile.cli import generate, trace_and_report
 from spdcompile.errors import SpdCompileError
 
 OK, FAILED, USER_MISTAKE = 0, 1, 2
@@ -37,6 +37,12 @@ COMMANDS = (
         "say what of a model is split, synced and dropped, without its weights",
         trace_and_report.add_arguments,
         trace_and_report.run,
+    ),
+    Command(
+        "generate",
+        "go on from a prompt, streamed; under torchrun, or all ranks in one process",
+        generate.add_arguments,
+        generate.run,
     ),
 )
 

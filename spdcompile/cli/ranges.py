@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 
 from spdcompile.errors import UsageError
@@ -48,6 +49,12 @@ def parse_points(
         layers = _layers_of(match[1], num_layers, f"{option} {text}")
         points |= {(layer, match[2]) for layer in layers}
     return frozenset(points)
+
+
+def dropped_points(arguments: argparse.Namespace, num_layers: int) -> frozenset[tuple[int, str]]:
+    """The sync points that `plan_options` name."""
+    masked = parse_layers(arguments.spd_mask, num_layers)
+    return parse_points(arguments.drop, num_layers) | {(layer, "attn") for layer in masked}
 
 
 def _layers_of(item: str, num_layers: int, where: str) -> range:

@@ -7,11 +7,12 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import transformers
 from transformers import PreTrainedModel
 
-from spdcompile.cli.ranges import parse_layers, parse_points
+from spdcompile.cli.quiet import quiet_transformers
+from spdcompile.cli.ranges import dropped_points
 from spdcompile.errors import UsageError
+from spdcompile.files import write_whole
 from spdcompile.models import resolve_model
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
@@ -36,9 +37,9 @@ def trace_and_report(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code."""
     _check_passes(arguments)
     _check_json(arguments)
-    _quiet_transformers()
+    quiet_transformers()
     model = resolve_model(arguments.model, weights=False)
-    points = _points(arguments, len(decoder_layers(model)[1]))
+    points = dropped_points(arguments, len(decoder_layers(model)[1]))
     header = render_model(describe_model(model), arguments.tp)
     undropped, lowering = _lower(arguments, model, points)
     if arguments.stop_after:
@@ -51,11 +52,6 @@ def trace_and_report(arguments: argparse.Namespace) -> int:
         diffs = [f"{title}\n{text}" for title, text in diff_blocks(undropped, lowering.program)]
         print("\n\n".join([header, str(report), *diffs]))
     return 0
-
-
-def _points(arguments: argparse.Namespace, num_layers: int) -> frozenset[PointName]:
-    masked = parse_layers(arguments.spd_mask, num_layers)
-    return parse_points(arguments.drop, num_layers) | {(layer, "attn") for layer in masked}
 
 
 def _lower(
@@ -98,7 +94,7 @@ def _write_json(target: str, model: PreTrainedModel, report: Report) -> None:
         print(text)
         return
     try:
-        Path(target).write_text(f"{text}\n", encoding="utf-8")
+        write_whole(target, f"{text}\n")
     except OSError as error:
         raise _unwritable(target, str(error)) from error
 
@@ -155,8 +151,3 @@ def _check_json(arguments: argparse.Namespace) -> None:
             found="both options",
             needed="a file for the report, or no --print",
         )
-
-
-def _quiet_transformers() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()

@@ -29,11 +29,21 @@ WRITTEN_WITH = ("2.13", "5.23")  # torch, transformers
 TP = 2
 SIZES = {"layers": 1, "hidden": 16, "heads": 4, "intermediate": 24, "vocab": 32}
 ATTENTION = frozenset({(0, "attn")})
-PASSES = ("normalize", "split", "regions", "assign", "propagate", "sync", "localize", "drop")
+PASSES = (
+    "normalize",
+    "split",
+    "tokens",
+    "regions",
+    "assign",
+    "propagate",
+    "sync",
+    "localize",
+    "drop",
+)
 
 # Biases (opt), partial sums that merge (gpt_neox), fused projections (phi3).
 CASES = [
-    *(("llama", name) for name in PASSES if name != "localize"),
+    *(("llama", name) for name in PASSES if name not in ("tokens", "localize")),
     ("opt", "sync"),
     ("opt", "drop"),
     ("gpt_neox", "sync"),

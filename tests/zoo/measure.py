@@ -168,7 +168,27 @@ def run_of(compiled: spdcompile.CompiledModel, tp: int, references: References) 
         return Run(tp, failure=text_of(error))
     errors = references.errors(logits)
     unpadded, padded = errors[: len(SHAPES)], errors[len(SHAPES) :]
-    return Run(tp, max(unpadded), *padded)
+    run = Run(tp, max(unpadded), *padded)
+    if compiled.cache_refusal:
+        return run
+    try:
+        logits[-1] = _in_pieces(compiled, *references.inputs[-1])
+    except Exception as error:
+        return replace(run, failure=f"with a KV cache: {text_of(error)}")
+    return replace(run, cached=references.errors(logits)[-1])
+
+
+def _in_pieces(compiled: spdcompile.CompiledModel, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The logits of a batch that is given piece by piece, one token, several and one."""
+    cache = compiled.new_cache(*ids.shape)
+    ends = (ids.shape[1] - 4, ids.shape[1] - 3, ids.shape[1] - 1, ids.shape[1])
+    logits, start = [], 0
+    for end in ends:
+        seen = None if mask is None else mask[:, :end]
+        out = compiled(ids[:, start:end], attention_mask=seen, past_key_values=cache)
+        logits.append(out.logits)
+        start = end
+    return torch.cat(logits, 1)
 
 
 def describe(compiled: spdcompile.CompiledModel) -> Structure:
@@ -187,6 +207,7 @@ def describe(compiled: spdcompile.CompiledModel) -> Structure:
         droppable=_droppable(report),
         whole=tuple(_why_whole(weights, report)),
         fixed=tuple(_why_fixed(report)),
+        recomputed=compiled.cache_refusal,
     )
 
 

@@ -60,6 +60,7 @@ class Structure:
         droppable: name of a sync point -> (blocks in which it can be dropped, all that have it).
         whole: why weights of blocks are whole that could be split.
         fixed: why sync points cannot be dropped.
+        recomputed: why there is no KV cache, so that all tokens are computed anew; or "".
     """
 
     layers: int
@@ -69,6 +70,7 @@ class Structure:
     droppable: dict[str, tuple[int, int]]
     whole: tuple[Reason, ...] = ()
     fixed: tuple[Reason, ...] = ()
+    recomputed: str = ""
 
     def is_full(self, kind: str) -> bool:
         """Whether nothing of a kind is whole that could be split."""
@@ -91,19 +93,24 @@ class Run:
     Args:
         unpadded: the largest over the shapes.
         padded: at the real tokens of a left-padded batch; None if the model itself fails on it.
+        cached: of the last batch in pieces, with a KV cache; None without one.
         refused: the model cannot use so many ranks, and the compiler said so.
     """
 
     tp: int
     unpadded: float | None = None
     padded: float | None = None
+    cached: float | None = None
     failure: str = ""
     refused: bool = False
 
     @property
     def error(self) -> float:
         """The larger of the errors; infinity if there is none."""
-        return max((e for e in (self.unpadded, self.padded) if e is not None), default=math.inf)
+        if self.failure:
+            return math.inf
+        errors = (self.unpadded, self.padded, self.cached)
+        return max((error for error in errors if error is not None), default=math.inf)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,10 @@ def render(rows: Sequence[Row], tps: Sequence[int], *, seconds: float, command: 
         _introduction(tps, seconds, command),
         summary(rows),
         "## Every type",
-        _table((*_HEADERS, *(f"error tp {tp}" for tp in tps), "padded", "s"), _cells(rows, tps)),
+        _table(
+            (*_HEADERS, *(f"error tp {tp}" for tp in tps), "padded", "cached", "s"),
+            _cells(rows, tps),
+        ),
         _legend(),
         *_titled("Wrong", ("type", "what"), _complaints(rows)),
         *_titled("Not compiled", ("reason", "types"), _failures(rows)),
@@ -55,6 +58,7 @@ def render(rows: Sequence[Row], tps: Sequence[int], *, seconds: float, command: 
             ("point", "reason", "types"),
             _reasons(rows, lambda made: made.fixed),
         ),
+        *_titled("Without a KV cache", ("reason", "types"), _recomputed(rows)),
         *_titled("Types without a row", ("type", "class", "reason"), _without()),
     )
     return "\n\n".join(sections) + "\n"
@@ -75,12 +79,17 @@ def summary(rows: Sequence[Row]) -> str:
         ("captured as one graph", sum(row.is_captured for row in types)),
         ("compiled and equal to the unsharded model", len(exact)),
         ("largest error of these", f"{worst:.0e}"),
+        ("with a KV cache, and equal with it", sum(map(_has_cache, exact))),
         ("with every attention and every MLP or expert region split", len(split)),
         ("of these with recurrent mixers split too, or without any", len(everything)),
         ("wrong", sum(bool(row.complaints) for row in types)),
         ("variants measured besides", len(rows) - len(types)),
     )
     return _table(("", ""), counts)
+
+
+def _has_cache(row: Row) -> bool:
+    return all(run.cached is not None for run in row.runs if not run.refused)
 
 
 def progress(row: Row) -> str:
@@ -115,7 +124,7 @@ def _legend() -> str:
         "whole (a latent, a K/V head that all query heads share); *whole* where an operator that "
         "combines tokens runs whole on every rank. All-reduces: partial sums, then sums after "
         "those that meet were merged. SPD may drop: blocks in which a sync point can be dropped / "
-        "that have it."
+        "that have it. Cached: the last of the batches in four pieces, with a KV cache."
     )
 
 
@@ -123,12 +132,14 @@ def _cells(rows: Iterable[Row], tps: Sequence[int]) -> Iterable[tuple[str, ...]]
     for row in rows:
         runs = {run.tp: run for run in row.runs}
         padded = [run.padded for run in row.runs if run.padded is not None]
+        cached = [run.cached for run in row.runs if run.cached is not None]
         yield (
             row.entry,
             row.verdict,
             *_structure_cells(row.structure),
             *(_error(runs[tp].unpadded if tp in runs else None) for tp in tps),
             "the model fails" if row.padding else _error(max(padded, default=None)),
+            _error(max(cached, default=None)),
             f"{row.seconds:.0f}",
         )
 
@@ -164,6 +175,11 @@ def _run_failures(rows: Iterable[Row]) -> Iterable[tuple[str, str]]:
     found = ((f"tp {r.tp}: {r.failure}", row) for row in rows for r in row.runs if r.failure)
     padding = [(f"the model itself, padded: {r.padding}", r.entry) for r in rows if r.padding]
     return _grouped([*((text, row.entry) for text, row in found if row.structure), *padding])
+
+
+def _recomputed(rows: Iterable[Row]) -> Iterable[tuple[str, str]]:
+    made = ((row.structure, row.entry) for row in rows if row.structure)
+    return _grouped((generic(m.recomputed), entry) for m, entry in made if m.recomputed)
 
 
 def _reasons(

@@ -117,7 +117,7 @@ ROW = Row(
         (4, 2),
         {"mlp": (1, 2)},
     ),
-    runs=(Run(2, 1e-7, 2e-7), Run(4, 3e-7, 1e-7)),
+    runs=(Run(2, 1e-7, 2e-7, 4e-7), Run(4, 3e-7, 1e-7, 1e-7)),
     control=0.5,
 )
 WRONG = replace(ROW, runs=(Run(2, 1e-7, 2 * BOUND),))
@@ -134,6 +134,7 @@ def test_verdicts() -> None:
     assert replace(ROW, repeat=1e-4).verdict == "WRONG"
     assert replace(ROW, runs=(Run(2, math.inf, math.inf),)).verdict == "WRONG"
     assert replace(ROW, runs=(Run(2, failure="RuntimeError: no"),)).verdict == "fails when run"
+    assert replace(ROW, runs=(Run(2, 1e-7, 2e-7, 2 * BOUND),)).verdict == "WRONG"
     assert Row("x", stage="capture", failure="loop").verdict == "not captured"
 
 
@@ -181,7 +182,7 @@ def test_the_table_holds_what_the_rows_say() -> None:
     (llama,) = [line for line in lines if line.startswith("| llama ")]
     cells = [cell.strip() for cell in llama.split("|")[1:-1]]
     assert cells[:7] == ["llama", "all split", "8/8", "6/7 (1 need not)", "-", "-", "2 -> 1"]
-    assert cells[7:] == ["mlp 1/2", "1e-07", "3e-07", "2e-07", "0"]
+    assert cells[7:] == ["mlp 1/2", "1e-07", "3e-07", "2e-07", "4e-07", "0"]
     assert any("loop \\| over tokens" in line for line in lines)
     assert "## Wrong" not in text
     assert "## Wrong" in render([WRONG], (2,), seconds=3.0, command="make zoo")

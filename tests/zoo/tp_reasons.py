@@ -50,12 +50,6 @@ REASONS = (
     ),
     Reason(
         Kind.THEIRS,
-        "Multiplied as a slice or as another view of itself, behind which ours does not yet see "
-        "a product with a parameter, and so keeps it whole.",
-        {"reader": r"aten\.(slice\.Tensor|mT\.default)"},
-    ),
-    Reason(
-        Kind.THEIRS,
         "Feeds a recurrence that no graph can hold: one operator, which needs all features on "
         "every rank. Theirs splits this one product and gathers its result; ours does it whole.",
         {"words": r"spd\.call\.default has no placement rule"},

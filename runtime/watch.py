@@ -1,0 +1,294 @@
+"""Each rank watches the others, so that a fault ends all of them, with one message.
+
+Two threads a rank: one tells the others through the store how far this rank is and reads how far
+they are, one makes sure that the first gets answers and that torchrun still runs. What the reports
+mean is in faults.py. torch's own timeouts blame whoever waited, so they are only the last resort.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+
+import torch.distributed as dist
+
+from spdcompile.errors import RankError, SpdCompileError
+from spdcompile.runtime._torch import on_compilation, started_collectives
+from spdcompile.runtime.connections import in_a_line, is_broken_connection
+from spdcompile.runtime.faults import Fault, Report, Seen, find_fault, find_other_call
+from spdcompile.runtime.processes import Identity, end_with, torchrun_of
+
+EVIDENCE_S = 3.0  # for finding out who broke a connection
+LAST_WORDS_S = 3.0  # for a rank's main thread to end by itself once a fault is known
+
+
+class Watch:
+    """This rank's view of the ranks that it works with.
+
+    Args:
+        store: a store that all ranks share, and this watch alone uses; nothing else in it.
+        rank: this rank, of all that torchrun started.
+        timeout: seconds that ranks may wait for one before it counts as stalled.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, timeout: float) -> None:
+        self.rank, self.timeout = rank, timeout
+        self._store, self._identity, self._parent = store, Identity.own(), torchrun_of()
+        self._groups: list[dist.ProcessGroup] = []
+        self._started: dict[str, int] = {}
+        self._seen: dict[int, Seen] = {}
+        self._who: dict[int, Identity] = {}
+        self._call, self._runs, self._at, self._ended = 0, "", "", ""
+        self._patient = self._beats = 0
+        self._answered, self._said, self._lost = time.monotonic(), False, ""
+        self._exchanging, self._stop = threading.Lock(), threading.Event()
+        self._threads = [
+            threading.Thread(target=loop, name=f"spdcompile {loop.__name__}", daemon=True)
+            for loop in (self._exchange_again_and_again, self._guard)
+        ]
+
+    def announce(self) -> None:
+        """Lets the others know of this rank, and ties it to its torchrun."""
+        if self._parent is not None:
+            end_with(self._parent, speak=_first_here())
+        self._store.set(f"who/{self.rank}", json.dumps(asdict(self._identity)))
+        self._publish()
+
+    def start(self) -> None:
+        """Begins to watch; every rank has announced itself."""
+        for thread in self._threads:
+            thread.start()
+
+    def follow(self, group: dist.ProcessGroup) -> None:
+        """Watches the ranks of a group too."""
+        if group in self._groups:
+            return
+        now = time.monotonic()
+        with self._exchanging:
+            for rank in dist.get_process_group_ranks(group):
+                if rank not in self._seen:
+                    self._who[rank] = Identity(**json.loads(self._store.get(f"who/{rank}")))
+                    self._seen[rank] = Seen(Report(), now, now)
+            self._groups.append(group)
+
+    @contextmanager
+    def call(self, runs: str) -> Iterator[None]:
+        """Around something that all ranks of a group do together.
+
+        Args:
+            runs: what; ranks that differ in it are told so.
+
+        Raises:
+            RankError: a connection broke, with the rank that did it.
+        """
+        on_compilation(self._begin_slow, self._end_slow)
+        outer = self._runs
+        if not outer:
+            self._call, self._runs = self._call + 1, runs
+        try:
+            yield
+        except SpdCompileError:
+            raise
+        except Exception as error:
+            if not is_broken_connection(error):
+                raise
+            raise self.explain(error) from error
+        finally:
+            self._runs, self._at = outer, self._at if outer else ""
+
+    def at(self, place: str) -> None:
+        """Says where in a call this rank is."""
+        self._at = place
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Around what may take long on one rank only, such as loading."""
+        self._begin_slow()
+        try:
+            yield
+        finally:
+            self._end_slow()
+
+    def _begin_slow(self, _: object = None) -> None:
+        self._patient += 1
+
+    def _end_slow(self, _: object = None) -> None:
+        self._patient -= 1
+        if not self._patient:
+            with suppress(Exception):  # at once: it might stall before the next report is due
+                self._publish()
+
+    # ---- finding out
+
+    def _publish(self) -> None:
+        with suppress(RuntimeError):  # a group that was destroyed at the end of the program
+            for group in self._groups:
+                self._started[group.group_name] = started_collectives(group)
+        self._beats += 1
+        report = Report(
+            beat=self._beats,
+            started=dict(self._started),
+            call=self._call,
+            runs=self._runs,
+            at=self._at,
+            patient=self._patient > 0,
+            ended=self._ended,
+        )
+        self._store.set(f"report/{self.rank}", report.to_json())
+
+    @property
+    def _beat(self) -> float:
+        return min(max(self.timeout / 10, 0.1), 1.0)
+
+    def _exchange_again_and_again(self) -> None:
+        while not self._stop.wait(self._beat):
+            try:
+                fault = self._exchange() or self._found()
+            except Exception as error:  # whatever a store raises once its server is gone
+                if not self._stop.is_set():
+                    self._lost = in_a_line(error)
+                return
+            if fault is not None:
+                self._end(self._agreed(fault))
+
+    def _exchange(self) -> Fault | None:
+        """Reports, reads the others' reports; returns the fault that another rank found."""
+        with self._exchanging:
+            self._publish()
+            ranks = list(self._seen)
+            texts = self._store.multi_get([f"report/{rank}" for rank in ranks]) if ranks else []
+            now = self._answered = time.monotonic()
+            for rank, text in zip(ranks, texts, strict=True):
+                self._seen[rank].update(Report.from_json(text), now)
+                self._seen[rank].gone = self._who[rank].is_gone
+            if self._store.check(["fault"]):
+                return Fault.from_json(self._store.get("fault"))
+        return None
+
+    def _found(self, *, broken: bool = False) -> Fault | None:
+        if (fault := self._torchrun_fault()) is not None:
+            return fault
+        now = time.monotonic()
+        with self._exchanging:
+            return find_fault(self._seen, self.timeout, now, self.rank, broken=broken)
+
+    def _agreed(self, fault: Fault) -> Fault:
+        """The fault that was found first, by whichever rank."""
+        with suppress(Exception):
+            return Fault.from_json(self._store.compare_set("fault", "", fault.to_json()))
+        return fault
+
+    def explain(self, error: Exception) -> RankError:
+        """The error to raise for a connection that broke: whose fault it is."""
+        began = time.monotonic()
+        fault = None
+        while fault is None and time.monotonic() - began < EVIDENCE_S:
+            try:
+                fault = self._exchange() or self._found(broken=True) or self._other_call()
+            except Exception:
+                fault = self._torchrun_fault() or self._lost_fault()
+            time.sleep(0.0 if fault else 0.1)
+        if fault is None:
+            silent = [rank for rank, other in self._seen.items() if other.beat_at < began]
+            broke = f"A connection broke: {in_a_line(error)}"
+            cause = "cannot be reached any more" if silent else broke
+            fault = Fault(tuple(silent), cause, self.rank)
+        agreed = self._agreed(fault)
+        return self._error(agreed)
+
+    def _other_call(self) -> Fault | None:
+        with self._exchanging:
+            return find_other_call(self._seen, self.rank)
+
+    def _torchrun_fault(self) -> Fault | None:
+        if self._parent in (None, os.getppid()):
+            return None
+        cause = f"torchrun, process {self._parent} of {self._identity.host}, was killed"
+        return Fault((), cause, self.rank)
+
+    def _lost_fault(self) -> Fault:
+        cause = (
+            f"Rank {self.rank} has lost the store: torchrun, or rank 0, ended on the machine "
+            f"that holds it, or that machine cannot be reached ({self._lost or 'no answer'})"
+        )
+        return Fault((), cause, self.rank)
+
+    def _guard(self) -> None:
+        """Notices what the exchange cannot: no torchrun, no store, no answer."""
+        while not self._stop.wait(self._beat):
+            waited = time.monotonic() - self._answered
+            if (fault := self._torchrun_fault()) is not None:
+                self._end(fault)
+            elif self._runs and (self._lost or waited > self.timeout + 2 * self._beat):
+                self._end(self._lost_fault())
+
+    # ---- ending
+
+    def _error(self, fault: Fault) -> RankError:
+        places = [f"rank {r}: process {w.pid} of {w.host}" for r, w in self._who.items()]
+        where = [place for r, place in zip(self._who, places, strict=True) if r in fault.ranks]
+        error = RankError(
+            f"{fault}.",
+            where="\n".join(where) or f"rank {self.rank}",
+            needed=f"every rank makes the same calls, none more than {self.timeout:g} s after "
+            "the others",
+            fix="see what that rank printed; where it needs so long, set timeout= or SPD_TIMEOUT",
+        )
+        error.fault = fault
+        return error
+
+    def say(self, fault: Fault) -> None:
+        """Prints the message of a fault that this rank found first; once."""
+        if fault.by == self.rank and not self._said:
+            self._said = True
+            with suppress(OSError):
+                print(f"spdcompile: {self._error(fault)}", file=sys.stderr, flush=True)
+
+    def say_of_all(self, error: BaseException) -> None:
+        """Prints an error that every rank raises, on one of them."""
+        fault = getattr(error, "fault", None) or Fault((), "", self.rank)
+        if (fault := self._agreed(fault)).by == self.rank and not self._said:
+            self._said = True
+            print(f"spdcompile: {error}", file=sys.stderr, flush=True)
+
+    def _end(self, fault: Fault) -> None:
+        """Ends this process, and those at fault that cannot do it themselves."""
+        self.say(fault)
+        if self._ended or self.rank not in fault.ranks:  # else it can do nothing more
+            time.sleep(self._beat * 2 if fault.hanging else LAST_WORDS_S)
+            for rank in fault.ranks:
+                if rank in self._who and rank != self.rank:
+                    self._who[rank].kill()
+            time.sleep(LAST_WORDS_S if self._torchrun_fault() is None else 0)
+        os._exit(1)
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others that an error ends this rank."""
+        self._ended = f"failed: {in_a_line(error)}"
+        with suppress(Exception):
+            fault = Fault((self.rank,), self._ended, self.rank)
+            agreed = self._agreed(fault)
+            self._exchange()
+            if agreed == fault:
+                self.say(fault)
+
+    def close(self) -> None:
+        """Tells the others that this rank has ended, if they do not know yet, and stops."""
+        self._stop.set()
+        if not self._ended:
+            self._ended = "exited while others wait for it"
+        with suppress(Exception):
+            self._exchange()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(self._beat)
+
+
+def _first_here() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -1,0 +1,77 @@
+"""Does what `generate` says: compiles a model and streams its text to the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+
+import spdcompile
+from spdcompile.cli.quiet import quiet_transformers
+from spdcompile.cli.ranges import dropped_points
+from spdcompile.errors import UsageError
+from spdcompile.models import resolve_model
+from spdcompile.passes.capture import decoder_layers
+from spdcompile.plan import Plan, Router
+
+
+def generate_text(arguments: argparse.Namespace) -> int:
+    """Runs the command; returns the exit code. Under torchrun, rank 0 prints."""
+    settings = _settings(arguments)
+    quiet_transformers()
+    model = resolve_model(arguments.model, weights=True)
+    tokenizer = _tokenizer(arguments.model)
+    if arguments.stop:
+        settings |= {"stop_strings": arguments.stop, "tokenizer": tokenizer}
+    num_layers = len(decoder_layers(model)[1])
+    points = dropped_points(arguments, num_layers)
+    plan = Plan(arguments.tp, num_layers, points, router=Router(arguments.router))
+    compiled = spdcompile.compile(model, tp=arguments.tp, spd_mask=plan, backend=arguments.backend)
+    prompt = tokenizer(arguments.prompt, return_tensors="pt")
+    torch.manual_seed(arguments.seed)
+    compiled.generate(
+        prompt.input_ids,
+        attention_mask=prompt.attention_mask,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **settings,
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `generate` is told.
+
+    Raises:
+        UsageError: settings of draws where nothing is drawn.
+    """
+    draws = {"top_k": arguments.top_k, "top_p": arguments.top_p}
+    draws = {name: value for name, value in draws.items() if value is not None}
+    if arguments.temperature is None and draws:
+        raise UsageError(
+            "Nothing is drawn without a temperature.",
+            where=", ".join(f"--{name.replace('_', '-')}" for name in draws),
+            needed="--temperature besides, for example --temperature 0.8",
+        )
+    settings: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+    if arguments.temperature is not None:
+        settings |= {"do_sample": True, "temperature": arguments.temperature, **draws}
+    return settings
+
+
+def _tokenizer(directory: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            "The tokenizer cannot be read.",
+            where=os.path.join(directory, "tokenizer.json"),
+            found=str(error).splitlines()[0],
+            needed="a tokenizer beside the weights",
+        ) from error
