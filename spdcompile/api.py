@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from spdcompile.compiled import CompiledModel, agree_on
 from spdcompile.errors import UsageError
-from spdcompile.loading import capture_loaded, load_model
+from spdcompile.loading import Loaded, capture_loaded, load_model
 from spdcompile.models import ModelSource
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
@@ -59,8 +59,8 @@ def compile(
         device: where to run; a loaded model's own by default, else the CPU.
         dtype: of the parameters that are read from a directory, such as torch.bfloat16; that of
             its config by default, or else that of its files.
-        vocab: "split" gives each rank its rows of the token embeddings, and their sum is one more
-            all-reduce; "whole" gives each all of them; None splits tables of 256 MiB and more.
+        vocab: "split" splits the token embeddings (one more all-reduce), "whole" does not; None
+            splits tables of 256 MiB and more.
         timeout: seconds that ranks may wait for one before it counts as stalled and all of them
             end; loading and compiling are not counted. 120 by default; SPD_TIMEOUT overrides it.
 
@@ -74,7 +74,7 @@ def compile(
     """
     chosen = choice(Backend, backend, "backend")
     distributed = _is_distributed(executor)
-    table = Vocabulary.BY_SIZE if vocab is None else choice(Vocabulary, vocab, "vocab")
+    table = choice(Vocabulary, vocab or "by size", "vocab")
     check_tp(tp)
     seconds = chosen_timeout(timeout)
     if distributed:
@@ -83,15 +83,25 @@ def compile(
     with _ranks(model, tp, where, seconds) if distributed else nullcontext() as ranks:
         loaded = load_model(model, dtype)
         plan = make_plan(loaded.model, tp, spd_mask, head_groups, router)
-        loaded, captured = capture_loaded(loaded)
-        base = pipeline.advance(captured, pipeline.preserving(plan.tp, plan.head_groups, table))
-        lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
-        del captured
-        gc.collect()  # the graph of the whole model, in which nodes point at each other
-        where = where or loaded.device
-        runner = _executor(lowering.program, loaded.tensors, chosen, where, ranks)
-        agree_on(runner, plan, loaded.model, loaded.tensors)
-        return CompiledModel(base, lowering, runner, plan, loaded.model)
+        return _compiled(loaded, plan, table, chosen, where or loaded.device, ranks)
+
+
+def _compiled(
+    loaded: Loaded,
+    plan: Plan,
+    table: Vocabulary,
+    backend: Backend,
+    device: torch.device,
+    ranks: Ranks | None,
+) -> CompiledModel:
+    loaded, captured = capture_loaded(loaded)
+    base = pipeline.advance(captured, pipeline.preserving(plan.tp, plan.head_groups, table))
+    lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
+    del captured
+    gc.collect()  # the graph of the whole model, in which nodes point at each other
+    runner = _executor(lowering.program, loaded.tensors, backend, device, ranks)
+    agree_on(runner, plan, loaded.model, loaded.tensors)
+    return CompiledModel(base, lowering, runner, plan, loaded.model)
 
 
 def _executor(
