@@ -91,8 +91,8 @@ def rank_main(folder: Path, tp: int, dtype: torch.dtype, vocab: str | None) -> N
     }
     reads.sort()
     twice = sum(
-        max(0, stop - start)
-        for (file, _, stop), (other, start, _) in pairwise(reads)
+        max(0, min(stop, end) - start)
+        for (file, _, stop), (other, start, end) in pairwise(reads)
         if file == other
     )
     found = {
@@ -136,6 +136,8 @@ def main() -> None:
         command += ["--vocab", args.vocab] if args.vocab else []
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         ranks = [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*.json"))]
+    if twice := {rank["rank"]: rank["twice"] for rank in ranks if rank["twice"]}:
+        print(f"\nbytes read twice, by rank: {twice}")
     print(f"\n{total / MB:.0f} MB in bfloat16, loaded in {args.dtype}, tp {args.tp}; MB:\n")
     columns = ("share", "read", "twice", "imported", "peak", "after a call")
     rows = [

@@ -50,8 +50,8 @@ def compile(
         device: where to run; a loaded model's own by default, else the CPU.
         dtype: of the parameters that are read from a directory, such as torch.bfloat16; that of
             its config by default, or else that of its files.
-        vocab: "split" gives each rank its rows of the token embeddings, and their sum is one more
-            all-reduce; "whole" gives each all of them; None splits tables of 256 MiB and more.
+        vocab: "split" splits the token embeddings (one more all-reduce), "whole" does not; None
+            splits tables of 256 MiB and more.
         timeout: seconds that ranks may wait for one before it counts as stalled and all of them
             end; loading and compiling are not counted. 120 by default; SPD_TIMEOUT overrides it.
 

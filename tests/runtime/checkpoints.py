@@ -58,7 +58,7 @@ class Reads:
     def twice(self) -> int:
         """Bytes that were read more than once."""
         pairs = pairwise(sorted(self.ranges))
-        return sum(max(0, a[2] - b[1]) for a, b in pairs if a[0] == b[0])
+        return sum(max(0, min(a[2], b[2]) - b[1]) for a, b in pairs if a[0] == b[0])
 
 
 @contextmanager
