@@ -56,7 +56,9 @@ def stored_tensors(directory: Path) -> dict[str, FileTensor]:
             needed=f"{SINGLE}, or {INDEX} and the files that it names",
         )
     index = _json((directory / INDEX).read_bytes(), directory / INDEX)
-    places: dict[str, str] = index.get("weight_map", {})
+    places = index.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
+        raise _unreadable(directory / INDEX, "no weight_map of tensors to files")
     files = {name: _shard(directory, name) for name in sorted(set(places.values()))}
     found = {key: tensor for tensors in files.values() for key, tensor in tensors.items()}
     for key, name in places.items():
@@ -97,15 +99,17 @@ def _file_tensors(path: Path) -> dict[str, FileTensor]:
 
 def _file_tensor(path: Path, key: str, entry: Any, start: int, size: int) -> FileTensor:
     try:
-        kind, shape = entry["dtype"], tuple(int(length) for length in entry["shape"])
-        first, last = entry["data_offsets"]
+        kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers_fit = all(type(n) is int and 0 <= n <= size for n in (*shape, first, last))
     except (KeyError, TypeError, ValueError) as error:
         raise _unreadable(path, f"no description of {key}") from error
+    if not isinstance(kind, str) or not numbers_fit:
+        raise _unreadable(path, f"a description of {key} that cannot be")
     if kind not in _DTYPES:
         raise ConversionError(f"{key} is stored as {kind}")
-    tensor = FileTensor(shape, _DTYPES[kind], path, key, start + first)
+    tensor = FileTensor(tuple(shape), _DTYPES[kind], path, key, start + first)
     needed = math.prod(shape) * tensor.dtype.itemsize
-    if last - first != needed or not 0 <= first <= last <= size - start:
+    if last - first != needed or last > size - start:
         raise CheckpointError(
             "A checkpoint file is cut short, or its header is wrong.",
             where=tensor.place,
@@ -119,7 +123,7 @@ def _file_tensor(path: Path, key: str, entry: Any, start: int, size: int) -> Fil
 def _json(data: bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
     if not isinstance(value, dict):
         raise _unreadable(path, f"a JSON {type(value).__name__}")

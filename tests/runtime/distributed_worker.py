@@ -54,6 +54,7 @@ NOTHING: frozenset[tuple[int, str]] = frozenset()
 ATTENTION = frozenset({(0, "attn")})
 ALL_ATTENTION = frozenset({(0, "attn"), (1, "attn")})  # equal blocks, compiled once
 RUN = frozenset({(0, "attn"), (0, "mlp"), (1, "attn")})
+DRAWN = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5}
 CASES = {
     "llama, nothing dropped": Case("llama", NOTHING),
     "opt, nothing dropped": Case("opt", NOTHING),
@@ -94,10 +95,22 @@ def _chosen_by_world_size(rank: int) -> list[Tensor]:
     return [compiled(*case_inputs(9)).logits]
 
 
+def _generate_from_other_seeds(rank: int) -> list[Tensor]:
+    """Tokens drawn where each rank's own random state is another, and that state afterwards."""
+    compiled = spdcompile.compile(
+        CASES["llama, nothing dropped"].model(), tp=TP, executor="distributed", backend="eager"
+    )
+    ids, mask = case_inputs(9)
+    torch.manual_seed(rank)
+    tokens = compiled.generate(ids, attention_mask=mask, **DRAWN)
+    return [tokens, torch.rand(1)]
+
+
 ERRORS: dict[str, Callable[[int], list[Tensor]]] = {
     "different plans": _different_plans,
     "wrong tp": _wrong_tp,
     "chosen by WORLD_SIZE": _chosen_by_world_size,
+    "generated from other seeds": _generate_from_other_seeds,
 }
 
 

@@ -22,6 +22,7 @@ from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
 from spdcompile.passes.written import from_data, to_data
 from spdcompile.plan import Plan
+from tests.fuzz import mutated
 from tests.models import left_padded, tiny, token_ids
 from tests.runtime.checkpoints import saved
 from tests.zoo.models import build
@@ -211,32 +212,10 @@ def test_code_that_no_graph_holds_is_captured_at_each_start(
 
 # ---- data from elsewhere
 
-_VALUES = st.sampled_from(
-    [None, True, 0, 1, -1, 2**31, 2**62, 1.5, "", "x", "aten.relu.default", [], {}, [[0, 2**40]]]
-)
-
 
 @pytest.fixture(scope="module")
 def written(artefact: Path) -> tuple[list[Any], Program]:
     return json.loads((artefact / PROGRAMS).read_text()), _load(artefact).program
-
-
-def _mutated(data: Any, draw: st.DataObject) -> Any:
-    """A copy in which one value, wherever it lies, is gone or another."""
-    data = copy.deepcopy(data)
-    at, key = data, None
-    while isinstance(at, dict | list) and at:
-        keys = list(at) if isinstance(at, dict) else list(range(len(at)))
-        parent, key = at, draw.draw(st.sampled_from(keys))
-        at = at[key]
-        if draw.draw(st.integers(0, 5)) == 0:
-            break
-    if key is not None:
-        if draw.draw(st.booleans()) and isinstance(parent, dict):
-            del parent[key]
-        else:
-            parent[key] = draw.draw(_VALUES)
-    return data
 
 
 @given(st.data())
@@ -245,7 +224,7 @@ def test_mutated_program_is_an_error_or_a_program(
     written: tuple[list[Any], Program], data: st.DataObject
 ) -> None:
     programs, good = written
-    given_data = _mutated(programs[data.draw(st.integers(0, 1))], data)
+    given_data = mutated(programs[data.draw(st.integers(0, 1))], data)
     try:
         program = from_data(given_data, good.constants)
     except ArtefactError:
@@ -259,7 +238,7 @@ def test_mutated_program_is_an_error_or_a_program(
 def test_mutated_plan_is_an_error_or_a_plan(artefact: Path, data: st.DataObject) -> None:
     plan = json.loads((artefact / MANIFEST).read_text())["plan"]
     try:
-        found = Plan.from_dict(_mutated(plan, data))
+        found = Plan.from_dict(mutated(plan, data))
     except SpdCompileError:
         return
     Plan.from_dict(found.to_dict())

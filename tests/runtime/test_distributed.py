@@ -19,7 +19,7 @@ from torch import Tensor
 import spdcompile
 from tests.compare import rel_err
 from tests.models import left_padded, tiny, token_ids
-from tests.runtime.distributed_worker import CASES, NOTHING, TP, case_inputs
+from tests.runtime.distributed_worker import CASES, DRAWN, NOTHING, TP, case_inputs
 
 ROOT = Path(__file__).parents[2]
 F32_BOUND = 1e-5
@@ -98,6 +98,20 @@ def test_world_size_chooses_the_distributed_executor(results: Results) -> None:
     for found in results:
         (logits,), (expected,) = found["chosen by WORLD_SIZE"], found["llama, nothing dropped"]
         assert torch.equal(logits, expected)
+
+
+def test_ranks_with_other_seeds_draw_the_tokens_of_rank_0(results: Results) -> None:
+    (tokens, after), (others, after_others) = (
+        rank["generated from other seeds"] for rank in results
+    )
+    assert torch.equal(tokens, others)
+    ids, mask = case_inputs(9)
+    torch.manual_seed(0)
+    expected = CASES["llama, nothing dropped"].model().generate(ids, attention_mask=mask, **DRAWN)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(after, torch.rand(1)), "rank 0 has drawn as the model itself does"
+    torch.manual_seed(1)
+    assert torch.equal(after_others, torch.rand(1)), "the other has its own state back"
 
 
 def test_inductor_runs_two_lengths_of_the_local_executor() -> None:
