@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spdcompile.log import Component, get_logger
-from spdcompile.models import ModelSource, check_weights, resolve_model
+from spdcompile.models import ModelSource, check_not_quantized, check_weights, resolve_model
 from spdcompile.passes import pipeline
 from spdcompile.runtime._transformers import read_generation_config
 from spdcompile.runtime.checkpoint import ConversionError, open_checkpoint, stored_tensors
@@ -65,6 +65,7 @@ def load_model(source: ModelSource, dtype: torch.dtype | None) -> Loaded:
         return Loaded(model, checkpoint_tensors(model), model.device)
     directory = Path(source)
     model = resolve_model(directory, weights=False, dtype=dtype)
+    check_not_quantized(model, str(directory / "config.json"))
     check_weights(directory)
     reason = _unread(model, directory)
     if not reason:
@@ -103,13 +104,10 @@ def capture_loaded(loaded: Loaded) -> tuple[Loaded, pipeline.Lowering]:
 
 def _unread(model: PreTrainedModel, directory: Path) -> str:
     """Why transformers has to load a directory; "" if that is not so."""
-    config = model.config
-    if getattr(config, "quantization_config", None) is not None:
-        return "the checkpoint is quantized"
     if (directory / "adapter_config.json").is_file():
         return "the directory holds an adapter"
     for setting in ("transformers_weights", "extra_files", "fusion_config"):
-        if getattr(config, setting, None):
+        if getattr(model.config, setting, None):
             return f"the configuration sets {setting}"
     return ""
 

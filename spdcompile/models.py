@@ -76,6 +76,8 @@ def _check_model(
             needed="no dtype: a model is used as it is",
             fix=f"convert it first: model.to({dtype})",
         )
+    if weights:
+        check_not_quantized(model, "model")
     if weights and any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError(
             "The model has no weights.",
@@ -84,6 +86,30 @@ def _check_model(
             needed="parameters that hold data",
         )
     return model
+
+
+def check_not_quantized(model: PreTrainedModel, where: str) -> None:
+    """Refuses weights that are codes and scales: a shard of them is not the shard of the weight.
+
+    Raises:
+        UsageError: names how they are quantized.
+    """
+    settings = getattr(model.config, "quantization_config", None)
+    found = ""
+    if settings is not None:
+        named = settings if isinstance(settings, dict) else vars(settings)
+        found = f"a model quantized by {named.get('quant_method', 'an unknown method')}"
+    for name, tensor in model.named_parameters():
+        if type(tensor.data) is not torch.Tensor:
+            found = found or f"{name}, a {type(tensor.data).__name__}"
+    if found:
+        raise UsageError(
+            "Quantized weights are not supported.",
+            where=where,
+            found=found,
+            needed="weights in float32, bfloat16 or float16",
+            fix="dequantize the model (model.dequantize()), and save it",
+        )
 
 
 def _from_directory(directory: Path, weights: bool, dtype: torch.dtype | None) -> PreTrainedModel:

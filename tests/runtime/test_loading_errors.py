@@ -172,6 +172,19 @@ def test_dtype_for_a_loaded_model_is_refused() -> None:
         spdcompile.compile(tiny("llama", **SIZES), tp=2, dtype=torch.bfloat16)
 
 
-def test_quantized_checkpoint_is_not_read_in_slices(folder: Path) -> None:
+def test_quantized_checkpoint_is_refused_by_name(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "no such method"})
-    assert not load_model(folder, None).in_files
+    with pytest.raises(UsageError, match="quantized by no such method"):
+        load_model(folder, None)
+
+
+class Codes(torch.Tensor):
+    """Stands for the weights of a quantization library, which are a class of tensors."""
+
+
+def test_weights_that_are_no_plain_tensors_are_refused_by_name() -> None:
+    model = tiny("llama", **SIZES)
+    up = model.model.layers[0].mlp.up_proj
+    up.weight = torch.nn.Parameter(up.weight.data.as_subclass(Codes), requires_grad=False)
+    with pytest.raises(UsageError, match=r"up_proj\.weight, a Codes"):
+        spdcompile.compile(model, tp=2, backend="eager")
