@@ -52,7 +52,8 @@ def test_error_survives_pickling(error: SpdCompileError) -> None:
 
 @pytest.mark.parametrize("error", EXAMPLES, ids=lambda error: type(error).__name__)
 def test_only_a_users_mistake_is_a_value_error(error: SpdCompileError) -> None:
-    mistakes = (errors.UsageError, errors.PlanError, RefusalError)
+    files = (errors.CheckpointError, errors.ArtefactError)
+    mistakes = (errors.UsageError, errors.PlanError, RefusalError, *files)
     assert isinstance(error, ValueError) == isinstance(error, mistakes)
 
 

@@ -73,7 +73,7 @@ def test_diff_shows_only_operators_that_changed(llama: str) -> None:
 def test_every_pass_is_timed(llama: str) -> None:
     names = [line.split()[0] for line in section(llama, "Passes").splitlines()[2:]]
     assert names[0] == "capture"
-    assert names[-3:] == ["sync", "localize", "drop"]
+    assert names[-4:] == ["sync", "localize", "vocabulary", "drop"]
 
 
 def test_json_counts_collectives_by_hand(llama_json: dict[str, Any]) -> None:

@@ -38,12 +38,15 @@ PASSES = (
     "propagate",
     "sync",
     "localize",
+    "vocabulary",
     "drop",
 )
 
+# What counts tokens is not in the text, and a small embedding table stays whole.
+_SAME = ("tokens", "vocabulary")
 # Biases (opt), partial sums that merge (gpt_neox), fused projections (phi3).
 CASES = [
-    *(("llama", name) for name in PASSES if name not in ("tokens", "localize")),
+    *(("llama", name) for name in PASSES if name not in (*_SAME, "localize")),
     ("opt", "sync"),
     ("opt", "drop"),
     ("gpt_neox", "sync"),
@@ -53,10 +56,10 @@ CASES = [
 ]
 FAMILIES = ("llama", "opt", "gpt_neox", "phi3")
 # Views that say -1 where a rank has fewer heads need no localizing; a parallel block has nothing to
-# drop; what counts tokens is not in the text.
+# drop.
 UNCHANGED = {
     *(("llama", "localize"), ("gpt_neox", "localize"), ("gpt_neox", "drop")),
-    *((family, "tokens") for family in FAMILIES),
+    *((family, name) for family in FAMILIES for name in _SAME),
 }
 
 

@@ -114,7 +114,7 @@ def test_ranks_equal_each_rank_alone(case: Case) -> None:
     found = _in_pieces(case, tensors, mapped)
     for rank in range(2):
         own = (q[rank], k[rank], v[rank], valid, None if sinks is None else sinks[rank])
-        assert torch.equal(found[rank], _in_pieces(case, own))
+        assert rel_err(found[rank], _in_pieces(case, own)) < BOUND
 
 
 @pytest.mark.parametrize("computed_per_rank", [False, True])
