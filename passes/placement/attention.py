@@ -103,15 +103,21 @@ class Attention:
 
     @staticmethod
     def _rest_cuts(q: Operand, rest: list[Operand]) -> dict[int, Shard] | None:
-        """Cuts for per-head extras (masks [., H, ., .], sinks [H]); None if one is not whole."""
+        """Cuts for per-head extras (masks [., H, ., .], sinks [H]) that are whole.
+
+        Returns: None if an extra lies otherwise than the heads of q.
+        """
         cuts: dict[int, Shard] = {}
         for index, operand in enumerate(rest, start=3):
-            if not isinstance(operand.placement, Replicate):
+            dim = _EXTRA_HEADS.get(len(operand.shape))
+            own = None
+            if dim is not None and operand.shape[dim] == q.shape[_HEADS] > 1:
+                own = Shard(dim, q.placement.layout) if isinstance(q.placement, Shard) else None
+            if isinstance(operand.placement, Replicate):
+                if own is not None:
+                    cuts[index] = own
+            elif own is None or operand.placement != own:
                 return None
-            if isinstance(q.placement, Shard):
-                dim = _EXTRA_HEADS.get(len(operand.shape))
-                if dim is not None and operand.shape[dim] == q.shape[_HEADS] > 1:
-                    cuts[index] = Shard(dim, q.placement.layout)
         return cuts
 
     @staticmethod

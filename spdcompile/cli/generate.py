@@ -23,6 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end after this text")
     parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights; default that of the checkpoint",
+    )
+    parser.add_argument(
         "--backend",
         choices=("inductor", "eager"),
         default="inductor",

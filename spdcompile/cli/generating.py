@@ -22,14 +22,20 @@ def generate_text(arguments: argparse.Namespace) -> int:
     """Runs the command; returns the exit code. Under torchrun, rank 0 prints."""
     settings = _settings(arguments)
     quiet_transformers()
-    model = resolve_model(arguments.model, weights=True)
+    model = resolve_model(arguments.model, weights=False)
     tokenizer = _tokenizer(arguments.model)
     if arguments.stop:
         settings |= {"stop_strings": arguments.stop, "tokenizer": tokenizer}
     num_layers = len(decoder_layers(model)[1])
     points = dropped_points(arguments, num_layers)
     plan = Plan(arguments.tp, num_layers, points, router=Router(arguments.router))
-    compiled = spdcompile.compile(model, tp=arguments.tp, spd_mask=plan, backend=arguments.backend)
+    compiled = spdcompile.compile(
+        arguments.model,
+        tp=arguments.tp,
+        spd_mask=plan,
+        backend=arguments.backend,
+        dtype=arguments.dtype and getattr(torch, arguments.dtype),
+    )
     prompt = tokenizer(arguments.prompt, return_tensors="pt")
     torch.manual_seed(arguments.seed)
     compiled.generate(

@@ -54,6 +54,12 @@ def test_dropped_sync_points_change_the_text(command: Command) -> None:
     assert outcome.out != _expected() + "\n"
 
 
+def test_weights_in_half_precision_give_text(command: Command) -> None:
+    outcome = command("generate", MODEL, "--prompt", PROMPT, *OPTIONS, "--dtype", "bfloat16")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(PROMPT) and len(outcome.out) > len(PROMPT) + NUM_NEW
+
+
 def test_settings_of_draws_without_a_temperature_are_a_message(command: Command) -> None:
     outcome = command("generate", MODEL, "--prompt", PROMPT, *OPTIONS, "--top-p", "0.9")
     assert outcome.code == 2

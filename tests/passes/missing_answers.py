@@ -54,12 +54,10 @@ MISSING = {
     (SDPA, "S <- R R S"): _FEATURES,
     (SDPA, "S <- R R S R"): _FEATURES,
     (SDPA, "S <- S R R"): "query heads in turn over whole K/V heads: no model lays them out so",
-    (SDPA, "S <- S S S S"): "a mask comes whole and is cut",
     (ATTENTION, "P <- R R P R"): _UNSUMMED,
     (ATTENTION, "P <- R R P R R"): _UNSUMMED,
     (ATTENTION, "S <- R R S R"): _FEATURES,
     (ATTENTION, "S <- R R S R R"): _FEATURES,
     (ATTENTION, "S <- S R R R"): "query heads in turn over whole K/V heads",
     (ATTENTION, "S <- S R R R S"): "as for the other operator: heads in turn",
-    (ATTENTION, "S <- S S S R S"): "sinks come whole and are cut",
 }
