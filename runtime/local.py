@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from spdcompile.passes.base import Part
 from spdcompile.passes.ops import SYNC
-from spdcompile.passes.placement.types import P, Shard
+from spdcompile.passes.placement.types import R
 from spdcompile.passes.verify import count_sync_nodes
 from spdcompile.runtime.convolution import CONVOLUTION_REPLACEMENTS
 from spdcompile.runtime.executor import Executor, Function, on_device
@@ -73,8 +73,7 @@ def _calling(ranks: _Ranks, like: fx.GraphModule) -> fx.GraphModule:
 
 def _rank_dim(node: fx.Node) -> int | None:
     """0 if the ranks' values of a node are stacked, None if they are all the same."""
-    placement = node.meta["placement"]
-    return 0 if placement == P or isinstance(placement, Shard) else None
+    return None if node.meta["placement"] == R else 0
 
 
 def _size(tensor: Tensor, dim: int) -> int:

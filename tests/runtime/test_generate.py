@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 import spdcompile
 from spdcompile.errors import UsageError
 from spdcompile.passes.ops import ATTEND, ATTEND_CACHED
+from spdcompile.plan import Plan
 from spdcompile.runtime.cache import KVCache
 from tests.compare import rel_err
 from tests.zoo.models import build, entries, left_padded, token_ids
@@ -195,6 +196,18 @@ def test_latents_are_kept_in_place_of_heads() -> None:
     graphs = _compiled("deepseek_v3")._remembering.program.graphs.values()
     targets = {node.target for block in graphs for node in block.module.graph.nodes}
     assert ATTEND in targets and ATTEND_CACHED not in targets
+
+
+def test_latents_that_differ_by_rank_are_kept_by_rank() -> None:
+    """A dropped MLP point is pending where the next block makes its latents."""
+    plan = Plan(2, _model("deepseek_v3").config.num_hidden_layers, frozenset({(0, "mlp")}))
+    compiled, ids = _compiled("deepseek_v3").with_mask(plan), token_ids((2, 9), 90)
+    cache = compiled.new_cache(2, 9)
+    kept = {part.name: {s.per_rank for s in part.caches.values()} for part in cache.program.parts}
+    assert (kept["layers.0"], kept["layers.1"]) == ({False}, {True})
+    pieces = (ids[:, :6], ids[:, 6:7], ids[:, 7:])
+    found = torch.cat([_step(compiled, cache, piece) for piece in pieces], 1)
+    assert rel_err(found, compiled(ids).logits) < BOUND
 
 
 def test_a_rank_keeps_its_own_heads() -> None:
