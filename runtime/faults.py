@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
+from spdcompile.errors import RankError
+
 PATIENCE_S = 1800.0  # for a rank that loads or compiles, and for collectives of torch itself
 
 
@@ -131,6 +133,25 @@ def find_fault(
     if all(now - other.moved_at > timeout for other in seen.values()):
         return find_other_call(seen, by)
     return None
+
+
+def error_of(fault: Fault, places: Mapping[int, str], rank: int, timeout: float) -> RankError:
+    """What a user is told of a fault.
+
+    Args:
+        places: which process each rank is, for readers.
+        rank: this one.
+        timeout: seconds that ranks may wait for one.
+    """
+    where = [f"rank {rank}: {place}" for rank, place in places.items() if rank in fault.ranks]
+    error = RankError(
+        f"{fault}.",
+        where="\n".join(where) or f"rank {rank}",
+        needed=f"every rank makes the same calls, none more than {timeout:g} s after the others",
+        fix="see what that rank printed; where it needs so long, set timeout= or SPD_TIMEOUT",
+    )
+    error.fault = fault
+    return error
 
 
 def _mark_behind(seen: Mapping[int, Seen], now: float) -> None:

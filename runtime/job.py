@@ -20,6 +20,7 @@ from spdcompile.errors import RankError, UsageError
 from spdcompile.runtime._torch import default_store, set_timeout
 from spdcompile.runtime.connections import is_broken_connection
 from spdcompile.runtime.faults import PATIENCE_S
+from spdcompile.runtime.processes import before_termination
 from spdcompile.runtime.watch import Watch
 
 TIMEOUT_S = 120.0
@@ -127,6 +128,7 @@ def join(device: torch.device, timeout: float) -> Job:
         _current = Job(device, timeout)
         if sys.excepthook is not _hook:
             _hook.before, sys.excepthook = sys.excepthook, _hook
+            before_termination(lambda: _current and _current.watch.say_before_termination())
         _current.start()
     _current.watch.timeout = timeout
     return _current

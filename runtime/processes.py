@@ -6,13 +6,15 @@ import ctypes
 import os
 import signal
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread, Timer, current_thread, main_thread
 
 _PR_SET_PDEATHSIG = 1
 _DEAD_STATES = "ZX"
+_LAST_ACT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +79,38 @@ def torchrun_of(environ: Mapping[str, str] = os.environ) -> int | None:
     return os.getppid() if "TORCHELASTIC_RUN_ID" in environ else None
 
 
-def end_with(parent: int, *, speak: bool) -> None:
+def before_termination(act: Callable[[], object]) -> None:
+    """Has SIGTERM end this process only after `act`, which may take a moment.
+
+    torchrun sends it to all others as soon as one rank is gone, before they can say which. A
+    program that handles SIGTERM itself is left to do so; so are processes forked from this one.
+    """
+    own = os.getpid()
+
+    def last(status: int) -> None:
+        act()
+        os._exit(status)
+
+    def end(number: int, _: object) -> None:
+        status = 128 + number
+        if os.getpid() != own:
+            os._exit(status)
+        # Threads, since the main one may hold what `act` needs.
+        for thread in (Thread(target=last, args=[status]), Timer(_LAST_ACT_S, os._exit, [status])):
+            thread.daemon = True
+            thread.start()
+
+    if current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, end)
+
+
+def end_with(parent: int, environ: Mapping[str, str] = os.environ) -> None:
     """Has the kernel end this process when its parent does.
 
-    Args:
-        speak: only wake it from a stop, so that it can say what happened before it ends itself.
+    The first rank of a machine is only woken, from a stop too, so that it can say what happened
+    before it ends itself.
     """
-    sent = signal.SIGCONT if speak else signal.SIGKILL
+    sent = signal.SIGCONT if environ.get("LOCAL_RANK", "0") == "0" else signal.SIGKILL
     with suppress(OSError, AttributeError):  # no Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(sent))
     if os.getppid() != parent:  # it ended before the kernel knew

@@ -10,18 +10,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from threading import Event, Lock, Thread
 
 import torch.distributed as dist
 
 from spdcompile.errors import RankError, SpdCompileError
 from spdcompile.runtime._torch import on_compilation, started_collectives
 from spdcompile.runtime.connections import in_a_line, is_broken_connection
-from spdcompile.runtime.faults import Fault, Report, Seen, find_fault, find_other_call
+from spdcompile.runtime.faults import (
+    Fault,
+    Report,
+    Seen,
+    error_of,
+    find_fault,
+    find_other_call,
+)
 from spdcompile.runtime.processes import Identity, end_with, torchrun_of
 
 EVIDENCE_S = 3.0  # for finding out who broke a connection
@@ -47,16 +54,16 @@ class Watch:
         self._call, self._runs, self._at, self._ended = 0, "", "", ""
         self._patient = self._beats = 0
         self._answered, self._said, self._lost = time.monotonic(), False, ""
-        self._exchanging, self._stop = threading.Lock(), threading.Event()
+        self._exchanging, self._saying, self._stop = Lock(), Lock(), Event()
         self._threads = [
-            threading.Thread(target=loop, name=f"spdcompile {loop.__name__}", daemon=True)
+            Thread(target=loop, name=f"spdcompile {loop.__name__}", daemon=True)
             for loop in (self._exchange_again_and_again, self._guard)
         ]
 
     def announce(self) -> None:
         """Lets the others know of this rank, and ties it to its torchrun."""
         if self._parent is not None:
-            end_with(self._parent, speak=_first_here())
+            end_with(self._parent)
         self._store.set(f"who/{self.rank}", json.dumps(asdict(self._identity)))
         self._publish()
 
@@ -233,31 +240,33 @@ class Watch:
 
     def error(self, fault: Fault) -> RankError:
         """The error of a fault."""
-        places = [f"rank {r}: process {w.pid} of {w.host}" for r, w in self._who.items()]
-        where = [place for r, place in zip(self._who, places, strict=True) if r in fault.ranks]
-        error = RankError(
-            f"{fault}.",
-            where="\n".join(where) or f"rank {self.rank}",
-            needed=f"every rank makes the same calls, none more than {self.timeout:g} s after "
-            "the others",
-            fix="see what that rank printed; where it needs so long, set timeout= or SPD_TIMEOUT",
-        )
-        error.fault = fault
-        return error
+        places = {r: f"process {w.pid} of {w.host}" for r, w in self._who.items()}
+        return error_of(fault, places, self.rank, self.timeout)
 
-    def say(self, fault: Fault) -> None:
-        """Prints the message of a fault that this rank found first; once."""
-        if fault.by == self.rank and not self._said:
-            self._said = True
-            with suppress(OSError):
-                print(f"spdcompile: {self.error(fault)}", file=sys.stderr, flush=True)
+    def say(self, fault: Fault, error: BaseException | None = None) -> None:
+        """Prints the message of a fault that this rank found first; once.
+
+        Args:
+            error: the message, if it is not the fault's own.
+        """
+        with self._saying, suppress(OSError):
+            if fault.by == self.rank and not self._said:
+                self._said = True
+                print(f"spdcompile: {error or self.error(fault)}", file=sys.stderr, flush=True)
 
     def say_of_all(self, error: BaseException) -> None:
         """Prints an error that every rank raises, on one of them."""
         fault = getattr(error, "fault", None) or Fault((), "", self.rank)
-        if (fault := self._agreed(fault)).by == self.rank and not self._said:
-            self._said = True
-            print(f"spdcompile: {error}", file=sys.stderr, flush=True)
+        self.say(self._agreed(fault), error)
+
+    def say_before_termination(self) -> None:
+        """Says why this process is told to end, where a rank's end is the cause."""
+        with suppress(Exception):
+            if (fault := self._exchange() or self._found(broken=True)) is not None:
+                self.say(self._agreed(fault))
+            else:
+                self._ended = "was told to end (SIGTERM)"
+                self._exchange()
 
     def _end(self, fault: Fault) -> None:
         """Ends this process, and those at fault that cannot do it themselves."""
@@ -290,7 +299,3 @@ class Watch:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(self._beat)
-
-
-def _first_here() -> bool:
-    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -95,6 +95,16 @@ def killed_outside() -> None:
     dist.barrier()
 
 
+def killed_idle() -> None:
+    """The others wait for nobody; torchrun ends them."""
+    compiled()
+    if RANK == FAULTY:
+        time.sleep(1)  # for the others to be asleep
+        began()
+        is_killed()
+    time.sleep(FOREVER_S)
+
+
 def does_not_come() -> None:
     if RANK == FAULTY:
         began()
@@ -136,6 +146,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "other weights": other_weights,
     "other call": other_call,
     "killed outside": killed_outside,
+    "killed idle": killed_idle,
     "does not come": does_not_come,
     "compiles long": compiles_long,
     "full disk": saves,

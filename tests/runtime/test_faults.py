@@ -33,6 +33,7 @@ FAULTS = {
     "raises": Expected("Rank 1 failed: ValueError: no such token."),
     "killed": Expected("Rank 1 was killed, or exited, between two calls."),
     "killed outside": Expected("Rank 1 was killed, or exited, between two calls."),
+    "killed idle": Expected("Rank 1 was killed, or exited, between two calls."),
     "exits": Expected("Rank 1 exited while others wait for it."),
     "exits at once": Expected("Rank 1 was killed, or exited, between two calls."),
     "stalls": Expected("Rank 1 stalled: the others have waited 5 s; it is between two calls."),
