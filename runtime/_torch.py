@@ -139,6 +139,13 @@ def default_store() -> dist.Store:
     return distributed_c10d._get_default_store().clone()
 
 
+def default_kernel_directory() -> str:
+    """Where Inductor keeps what it compiles if it is told nothing."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes long to import
+
+    return default_cache_dir()
+
+
 def on_compilation(begin: Callable[[Any], None], end: Callable[[Any], None]) -> None:
     """Calls `begin` before, and `end` after, all that torch.compile does in this process.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -18,6 +19,7 @@ from spdcompile.passes.base import Part, Program
 from spdcompile.passes.tokens import TOKENS
 from spdcompile.passes.verify import check_collectives
 from spdcompile.runtime.cache import KVCache
+from spdcompile.runtime.kernels import Kernels
 from spdcompile.runtime.weights import Weights, read_shared
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -125,8 +127,9 @@ class Executor(ABC):
         self, env: dict[str, Tensor], parts: Iterable[Part], cache: KVCache | None = None
     ) -> None:
         """Runs some parts in order; reads their inputs from `env` and adds their outputs to it."""
-        for part in parts:
-            env.update(self.call(part, env, None if cache is None else cache.of(part.name)))
+        with self._kernels.at_hand() if self._kernels else nullcontext():
+            for part in parts:
+                env.update(self.call(part, env, None if cache is None else cache.of(part.name)))
 
     def call(
         self, part: Part, env: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
@@ -146,6 +149,9 @@ class Executor(ABC):
 
     def _prepare(self) -> None:
         """Makes the functions of graphs that have none yet; counts their all-reduces."""
+        self._kernels = (
+            None if self.backend is Backend.EAGER else Kernels(self.program, self.device)
+        )
         emitted = {}
         for part in self.program.parts:
             module = self.program.graph_of(part).module
