@@ -146,6 +146,23 @@ def default_kernel_directory() -> str:
     return default_cache_dir()
 
 
+def vector_instructions_work() -> bool:
+    """Whether all vector instructions that the CPU claims passed Inductor's probes."""
+    from torch._inductor import config, cpu_vec_isa  # takes long to import
+
+    found = cpu_vec_isa.valid_vec_isa_list()
+    with config.patch({"cpp.vec_isa_ok": True}):
+        return found == cpu_vec_isa.valid_vec_isa_list.__wrapped__()
+
+
+def skip_probing_vector_instructions() -> None:
+    """Has Inductor believe what the CPU claims, which it otherwise probes for a second or more."""
+    from torch._inductor import config, cpu_vec_isa  # takes long to import
+
+    with config.patch({"cpp.vec_isa_ok": True}):
+        cpu_vec_isa.valid_vec_isa_list()
+
+
 def on_compilation(begin: Callable[[Any], None], end: Callable[[Any], None]) -> None:
     """Calls `begin` before, and `end` after, all that torch.compile does in this process.
 

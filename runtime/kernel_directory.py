@@ -33,7 +33,7 @@ class WorkDirectory:
     """
 
     def __init__(self, root: Path) -> None:
-        self.kept = make_private(root / "kept")
+        self.root, self.kept = root, make_private(root / "kept")
         work = make_private(root / "work")
         with locked(work, fcntl.LOCK_EX):
             _remove_left(work)
@@ -48,6 +48,19 @@ class WorkDirectory:
     def note(self, _: object) -> None:
         """Something is compiled."""
         self.compiled = True
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Has Inductor use it, and what it used before again afterwards."""
+        before = os.environ.get(INDUCTOR_VARIABLE)
+        os.environ[INDUCTOR_VARIABLE] = str(self.path)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[INDUCTOR_VARIABLE]
+            else:
+                os.environ[INDUCTOR_VARIABLE] = before
 
     def add(self, name: str, content: bytes) -> None:
         """Writes a file that was kept."""
@@ -84,20 +97,16 @@ def work_directory(environ: Mapping[str, str] = os.environ) -> WorkDirectory | N
     """
     global _work  # noqa: PLW0603  (Inductor has one a process)
     chosen = environ.get(INDUCTOR_VARIABLE)
-    if _work is not None and chosen == str(_work.path):
-        return _work
+    if chosen is not None and chosen != default_kernel_directory():
+        return None
     root = root_directory(environ)
-    inherited = chosen is not None and Path(chosen).is_relative_to(root / "work")
-    if chosen not in (None, default_kernel_directory()) and not inherited:
-        return None
-    try:
-        make_private(root)
-        _work = WorkDirectory(root)
-    except OSError as error:
-        _tell_once(f"Compiled kernels are not kept: {error}")
-        return None
-    _remove_unused(_work.kept)
-    os.environ[INDUCTOR_VARIABLE] = str(_work.path)
+    if _work is None or _work.root != root:
+        try:
+            _work = WorkDirectory(make_private(root))
+        except OSError as error:
+            _tell_once(f"Compiled kernels are not kept: {error}")
+            return None
+        _remove_unused(_work.kept)
     return _work
 
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,7 +32,11 @@ import spdcompile
 from spdcompile.files import write_whole
 from spdcompile.log import Component, get_logger
 from spdcompile.passes.base import Program
-from spdcompile.runtime._torch import on_compilation
+from spdcompile.runtime._torch import (
+    on_compilation,
+    skip_probing_vector_instructions,
+    vector_instructions_work,
+)
 from spdcompile.runtime.kernel_directory import (
     MANIFEST,
     WorkDirectory,
@@ -41,6 +46,7 @@ from spdcompile.runtime.kernel_directory import (
 )
 
 _LOG = get_logger(Component.RUNTIME)
+_DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class Kernels:
@@ -62,32 +68,36 @@ class Kernels:
         if work is None:
             yield
             return
-        if self._kept is None:
-            self._kept = self._fetch(work)
-        on_compilation(work.note, _nothing)
-        yield
-        if work.compiled:
-            work.compiled = False
-            try:
-                self._keep(work, self._kept)
-            except OSError as error:
-                _LOG.warning("Compiled kernels are not kept: %s", error)
+        with work.in_use():
+            if self._kept is None:
+                self._kept = self._fetch(work)
+            on_compilation(work.note, _nothing)
+            yield
+            if work.compiled:
+                work.compiled = False
+                try:
+                    self._keep(work, self._kept)
+                except OSError as error:
+                    _LOG.warning("Compiled kernels are not kept: %s", error)
 
     def _fetch(self, work: WorkDirectory) -> Path:
-        """Copies what was kept for this program, and says where."""
+        """Copies what was kept for this program, and says where that is."""
         made_by = conditions(self._device)
         program = _digest(*_texts(self._program))[:32]
-        name = _digest(json.dumps(made_by, sort_keys=True))[:32]
-        kept = work.kept / f"{program}-{name}"
-        with locked(kept, fcntl.LOCK_EX):
-            try:
-                for file, content in list(_verified(kept, made_by)):
+        kept = work.kept / f"{program}-{_digest(json.dumps(made_by))[:32]}"
+        try:
+            with locked(kept, fcntl.LOCK_EX):
+                manifest = _manifest_of(kept)
+                contents = _verified(kept, manifest, made_by)
+                for file, content in contents.items():
                     work.add(file, content)
-            except FileNotFoundError:
-                _tell_of_others(kept, program, made_by)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                _LOG.warning("Compiled anew, since kept kernels are damaged: %s", error)
-                shutil.rmtree(kept, ignore_errors=True)
+            if manifest["vector_instructions_work"] is True:
+                skip_probing_vector_instructions()
+        except FileNotFoundError:
+            _tell_of_others(kept, program, made_by)
+        except _DAMAGES as error:
+            _LOG.warning("Compiled anew, since kept kernels are damaged: %s", error)
+            shutil.rmtree(kept, ignore_errors=True)
         return kept
 
     def _keep(self, work: WorkDirectory, kept: Path) -> None:
@@ -95,14 +105,20 @@ class Kernels:
         made_by = conditions(self._device)
         with locked(kept, fcntl.LOCK_EX):
             make_private(kept)
-            files = {}
-            with suppress(FileNotFoundError):
-                files = _manifest_of(kept)["files"]
+            try:
+                files = dict(_manifest_of(kept)["files"])
+            except _DAMAGES:
+                files = {}
             for file, content in work.new_files():
                 if file not in files:
                     write_whole(kept / _flat(file), content)
                     files[file] = _digest(content)
-            write_whole(kept / MANIFEST, json.dumps({"made_by": made_by, "files": files}, indent=1))
+            manifest = {
+                "made_by": made_by,
+                "vector_instructions_work": vector_instructions_work(),
+                "files": files,
+            }
+            write_whole(kept / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def conditions(device: torch.device) -> dict[str, str]:
@@ -148,30 +164,37 @@ def _texts(program: Program) -> Iterator[str]:
         yield program.graphs[name].module.code
 
 
-def _verified(kept: Path, made_by: Mapping[str, str]) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files that were kept.
+def _verified(
+    kept: Path, manifest: Mapping[str, Any], made_by: Mapping[str, str]
+) -> dict[str, bytes]:
+    """The contents of the files that were kept, by name.
 
     Raises:
-        FileNotFoundError: nothing was kept.
-        OSError, ValueError, KeyError, TypeError, AttributeError: not as it was left.
+        OSError, ValueError, KeyError, TypeError, AttributeError: not as they were left.
     """
-    manifest = _manifest_of(kept)
     if manifest["made_by"] != made_by:
         raise ValueError(f"{kept / MANIFEST} is of {manifest['made_by']}")
+    contents = {}
     for file, digest in manifest["files"].items():
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise ValueError(f"{kept / MANIFEST} names {file!r}")
         path = kept / _flat(file)
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        content = path.read_bytes()
-        if _digest(content) != digest:
+        contents[file] = path.read_bytes()
+        if _digest(contents[file]) != digest:
             raise ValueError(f"{path} has changed")
-        yield file, content
     os.utime(kept / MANIFEST)  # it is used still
+    return contents
 
 
-def _manifest_of(kept: Path) -> dict[str, dict[str, str]]:
+def _manifest_of(kept: Path) -> dict[str, Any]:
+    """What a manifest says.
+
+    Raises:
+        FileNotFoundError: nothing was kept.
+        PermissionError, ValueError: somebody else may write there; no JSON data.
+    """
     text = (kept / MANIFEST).read_text(encoding="utf-8")
     make_private(kept)
     return json.loads(text)
@@ -180,7 +203,7 @@ def _manifest_of(kept: Path) -> dict[str, dict[str, str]]:
 def _tell_of_others(kept: Path, program: str, made_by: Mapping[str, str]) -> None:
     """Says why the kernels of an earlier start are not used."""
     for other in kept.parent.glob(f"{program}-*/{MANIFEST}"):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(*_DAMAGES):
             found = _manifest_of(other.parent)["made_by"]
             changed = [name for name in made_by if found.get(name) != made_by[name]]
             listing = "; ".join(f"{name} {found.get(name)}" for name in changed)
