@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import transformers
 
-import spdcompile
 from spdcompile.files import write_whole
 from spdcompile.log import Component, get_logger
 from spdcompile.passes.base import Program
@@ -124,7 +123,7 @@ class Kernels:
 def conditions(device: torch.device) -> dict[str, str]:
     """What kernels are made by and for, beside the program: versions, sources, hardware."""
     made_by = {
-        "spdcompile": f"{spdcompile.__version__}, sources {_sources()}",
+        "spdcompile": f"sources {_sources()}",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -151,8 +150,7 @@ def _cpu() -> str:
 @cache
 def _sources() -> str:
     """This package's, as a digest: what it gives Inductor to compile changes with them."""
-    folder = Path(spdcompile.__file__).parent
-    walk = sorted(os.walk(folder, followlinks=True))
+    walk = sorted(os.walk(Path(__file__).parents[1], followlinks=True))
     files = [Path(root, name) for root, _, names in walk for name in sorted(names)]
     return _digest(*(file.read_bytes() for file in files if file.suffix == ".py"))[:16]
 
