@@ -6,7 +6,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,7 @@ from spdcompile.passes.base import Part, Program
 from spdcompile.passes.tokens import TOKENS
 from spdcompile.passes.verify import check_collectives
 from spdcompile.runtime.cache import KVCache
+from spdcompile.runtime.compiled_function import CompiledFunction
 from spdcompile.runtime.kernels import Kernels
 from spdcompile.runtime.weights import Weights, read_shared
 
@@ -160,10 +161,10 @@ class Executor(ABC):
             emitted[part.graph] = self._emitted[module]
         check_collectives(self.program, emitted)
 
-    def _compile(self, function: Callable[..., Any]) -> Function:
-        if self.backend is Backend.EAGER:
-            return function
-        return torch.compile(function, dynamic=True, fullgraph=True)
+    def _compile(self, module: fx.GraphModule, text: str) -> Function:
+        """What runs a module; `text` tells it from others."""
+        eager = self.backend is Backend.EAGER
+        return module if eager else CompiledFunction(module, text)
 
     @abstractmethod
     def _bind(self, part: Part, tensors: Weights) -> dict[str, Tensor]:

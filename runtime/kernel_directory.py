@@ -84,6 +84,7 @@ class WorkDirectory:
         if os.getpid() == self._owner:
             shutil.rmtree(self.path, ignore_errors=True)
             _lock_of(self.path).unlink(missing_ok=True)
+            self._lock.close()
 
 
 _work: WorkDirectory | None = None
@@ -108,6 +109,12 @@ def work_directory(environ: Mapping[str, str] = os.environ) -> WorkDirectory | N
             return None
         _remove_unused(_work.kept)
     return _work
+
+
+def work_in_use() -> WorkDirectory | None:
+    """The directory that Inductor uses now, if it is this process' own."""
+    in_use = _work is not None and os.environ.get(INDUCTOR_VARIABLE) == str(_work.path)
+    return _work if in_use else None
 
 
 def root_directory(environ: Mapping[str, str] = os.environ) -> Path:
