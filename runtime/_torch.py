@@ -208,17 +208,23 @@ def compile_ahead(
     module: nn.Module, inputs: tuple[Tensor, ...], backend: Any = "inductor"
 ) -> Guarded | None:
     """Compiles a module for inputs like these, of any size; None if this torch cannot do so."""
-    from torch._dynamo.callback import CallbackTrigger, callback_handler  # takes long to import
+    from torch._dynamo import config  # all of these take long to import
+    from torch._dynamo.callback import CallbackTrigger, callback_handler
+    from torch._dynamo.eval_frame import set_enable_dynamic
 
     def call(*inputs: Tensor) -> tuple[Tensor, ...]:
         return module(*inputs)
 
     options = {"guard_filter_fn": _about_inputs}
-    compiled = torch.compile(call, dynamic=True, fullgraph=True, backend=backend, options=options)
-    if not hasattr(compiled, "aot_compile"):
-        return None
-    with callback_handler.install_callbacks(CallbackTrigger.DYNAMO, "ahead"):
-        return Guarded(compiled.aot_compile((inputs, {})))
+    # torch 2.11 has to be told both.
+    with config.patch(enable_aot_compile=True), set_enable_dynamic(True):
+        compiled = torch.compile(
+            call, dynamic=True, fullgraph=True, backend=backend, options=options
+        )
+        if not hasattr(compiled, "aot_compile"):
+            return None
+        with callback_handler.install_callbacks(CallbackTrigger.DYNAMO, "ahead"):
+            return Guarded(compiled.aot_compile((inputs, {})))
 
 
 def load_compiled(file: Any, module: nn.Module) -> Guarded:

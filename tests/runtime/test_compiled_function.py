@@ -16,7 +16,7 @@ from spdcompile.runtime.kernel_directory import INDUCTOR_VARIABLE, work_director
 
 class _Product(nn.Module):
     def forward(self, x: Tensor, y: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        return (torch.relu(x * y) @ weight, torch.zeros(x.shape[0]))
+        return (torch.relu(x * y) @ weight, x.sum(1))
 
 
 WEIGHT = nn.Parameter(torch.randn(4, 3), requires_grad=False)
@@ -74,11 +74,11 @@ def test_settings_that_change_the_result_are_conditions(compiled: list[int]) -> 
     function = CompiledFunction(_Product(), "product")
     x, y = torch.randn(5, 4), torch.randn(5, 4)
     _run(function, x, y)
-    torch.set_default_dtype(torch.float64)  # of the zeros
+    torch.use_deterministic_algorithms(True)
     try:
         _run(function, x, y)
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(False)
     assert len(compiled) == 2
     with torch.autocast("cpu", torch.bfloat16):
         assert function(x, y, WEIGHT)[0].dtype == torch.bfloat16
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_the_module_and_transforms_are_refused(compiled: 
     (expected,) = torch.autograd.grad(_Product()(x, y, WEIGHT)[0].sum(), x)
     (found,) = torch.autograd.grad(function(x, y, WEIGHT)[0].sum(), x)
     torch.testing.assert_close(found, expected)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="functorch"):  # not a wrong result
+    with pytest.raises(Exception, match="functorch"):  # not a wrong result
         torch.func.grad(lambda x: function(x, y, WEIGHT)[0].sum())(x.detach())
     assert not compiled
 
