@@ -107,7 +107,7 @@ class Channels:
 def connected(pairs: np.ndarray, count: int) -> np.ndarray:
     """Class of each id, int64 [count], in the order of the classes' least ids.
 
-    Not scipy's: that takes 37 MB, since transformers imports it too where it is installed.
+    Not scipy's: that takes 36 MB, since transformers imports it too where it is installed.
 
     Args:
         pairs: ids in one class, int64 [2, n].
