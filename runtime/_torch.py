@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import (
     DispatchKey,
     DispatchKeySet,
@@ -26,6 +26,8 @@ from torch._ops import OpOverload
 from torch.autograd.function import _SingleLevelFunction
 from torch.distributed import distributed_c10d
 from torch.utils import _pytree as pytree
+
+_MODULE = "module"
 
 
 def define_copy(library: torch.library.Library, op: OpOverload) -> OpOverload:
@@ -137,6 +139,99 @@ def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
 def default_store() -> dist.Store:
     """A connection of its own to the store of the default process group."""
     return distributed_c10d._get_default_store().clone()
+
+
+def default_kernel_directory() -> str:
+    """Where Inductor keeps what it compiles if it is told nothing."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes long to import
+
+    return default_cache_dir()
+
+
+def vector_instructions_work() -> bool:
+    """Whether all vector instructions that the CPU claims passed Inductor's probes."""
+    from torch._inductor import config, cpu_vec_isa  # takes long to import
+
+    found = cpu_vec_isa.valid_vec_isa_list()
+    with config.patch({"cpp.vec_isa_ok": True}):
+        return found == cpu_vec_isa.valid_vec_isa_list.__wrapped__()
+
+
+def skip_probing_vector_instructions() -> None:
+    """Has Inductor believe what the CPU claims, which it otherwise probes for a second or more."""
+    from torch._inductor import config, cpu_vec_isa  # takes long to import
+
+    with config.patch({"cpp.vec_isa_ok": True}):
+        cpu_vec_isa.valid_vec_isa_list()
+
+
+def inductor_settings() -> str:
+    """What Inductor is set to, as text."""
+    from torch._inductor import config  # takes long to import
+
+    return repr(sorted(config.save_config_portable().items()))
+
+
+def below_functorch() -> bool:
+    """Whether this runs inside torch.func.grad, torch.vmap or the like."""
+    return maybe_current_level() is not None
+
+
+class Guarded:
+    """A compiled function, and the conditions on its inputs under which it holds.
+
+    Args:
+        function: what `aot_compile` or `load_compiled_function` gives.
+    """
+
+    def __init__(self, function: Any) -> None:
+        self._function, self._call = function, function.fn
+        self._check = function._artifacts.guard_manager.check
+
+    def holds_for(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether it may be called with these."""
+        return self._check({"inputs": inputs})
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self._call(*inputs)
+
+    def to_bytes(self, module: nn.Module) -> bytes:
+        """What `load_compiled` reads, without the module.
+
+        Raises:
+            Exception: of whatever kind; something in it cannot be written down.
+        """
+        return type(self._function).serialize(self._function, {_MODULE: module}).serialized_data
+
+
+def compile_ahead(
+    module: nn.Module, inputs: tuple[Tensor, ...], backend: Any = "inductor"
+) -> Guarded | None:
+    """Compiles a module for inputs like these, of any size; None if this torch cannot do so."""
+    from torch._dynamo.callback import CallbackTrigger, callback_handler  # takes long to import
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return module(*inputs)
+
+    options = {"guard_filter_fn": _about_inputs}
+    compiled = torch.compile(call, dynamic=True, fullgraph=True, backend=backend, options=options)
+    if not hasattr(compiled, "aot_compile"):
+        return None
+    with callback_handler.install_callbacks(CallbackTrigger.DYNAMO, "ahead"):
+        return Guarded(compiled.aot_compile((inputs, {})))
+
+
+def load_compiled(file: Any, module: nn.Module) -> Guarded:
+    """Reads what `Guarded.to_bytes` wrote; it is code, and runs.
+
+    Raises:
+        Exception: of whatever kind; it cannot be read.
+    """
+    return Guarded(torch.compiler.load_compiled_function(file, external_data={_MODULE: module}))
+
+
+def _about_inputs(guards: Any) -> list[bool]:
+    return [guard.guard_type in ("TENSOR_MATCH", "SHAPE_ENV") for guard in guards]
 
 
 def on_compilation(begin: Callable[[Any], None], end: Callable[[Any], None]) -> None:

@@ -69,7 +69,7 @@ class DistributedExecutor(Executor):
     def _build(self, part: Part, module: fx.GraphModule) -> tuple[Function, int]:
         lowered = on_device(module, self.device)
         lower_collectives(lowered, self.group.group_name, self.program.tp)
-        return self._compile(lowered), count_sync_nodes(lowered, ALL_REDUCE)
+        return self._compile(lowered, lowered.code), count_sync_nodes(lowered, ALL_REDUCE)
 
 
 def lower_collectives(module: fx.GraphModule, group: str, tp: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from contextlib import nullcontext
+from typing import Self
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +19,8 @@ from spdcompile.passes.base import Part, Program
 from spdcompile.passes.tokens import TOKENS
 from spdcompile.passes.verify import check_collectives
 from spdcompile.runtime.cache import KVCache
+from spdcompile.runtime.compiled_function import CompiledFunction
+from spdcompile.runtime.kernels import Kernels
 from spdcompile.runtime.weights import Weights, read_shared
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -125,8 +128,9 @@ class Executor(ABC):
         self, env: dict[str, Tensor], parts: Iterable[Part], cache: KVCache | None = None
     ) -> None:
         """Runs some parts in order; reads their inputs from `env` and adds their outputs to it."""
-        for part in parts:
-            env.update(self.call(part, env, None if cache is None else cache.of(part.name)))
+        with self._kernels.at_hand() if self._kernels else nullcontext():
+            for part in parts:
+                env.update(self.call(part, env, None if cache is None else cache.of(part.name)))
 
     def call(
         self, part: Part, env: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
@@ -146,6 +150,9 @@ class Executor(ABC):
 
     def _prepare(self) -> None:
         """Makes the functions of graphs that have none yet; counts their all-reduces."""
+        self._kernels = (
+            None if self.backend is Backend.EAGER else Kernels(self.program, self.device)
+        )
         emitted = {}
         for part in self.program.parts:
             module = self.program.graph_of(part).module
@@ -154,10 +161,10 @@ class Executor(ABC):
             emitted[part.graph] = self._emitted[module]
         check_collectives(self.program, emitted)
 
-    def _compile(self, function: Callable[..., Any]) -> Function:
-        if self.backend is Backend.EAGER:
-            return function
-        return torch.compile(function, dynamic=True, fullgraph=True)
+    def _compile(self, module: fx.GraphModule, text: str) -> Function:
+        """What runs a module; `text` tells it from others."""
+        eager = self.backend is Backend.EAGER
+        return module if eager else CompiledFunction(module, text)
 
     @abstractmethod
     def _bind(self, part: Part, tensors: Weights) -> dict[str, Tensor]:

@@ -38,7 +38,8 @@ class LocalExecutor(Executor):
         mapped = lowered
         if any(dim is not None for dim in in_dims):
             mapped = _calling(_Ranks(lowered, in_dims, out_dims), module)
-        return self._compile(mapped), count_sync_nodes(lowered, SYNC)
+        text = f"{lowered.code}\n{in_dims} {out_dims}"
+        return self._compile(mapped, text), count_sync_nodes(lowered, SYNC)
 
 
 class _Ranks(nn.Module):

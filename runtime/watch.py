@@ -131,8 +131,6 @@ class Watch:
             with suppress(Exception):  # at once: it might stall before the next report is due
                 self._publish()
 
-    # ---- finding out
-
     def _publish(self) -> None:
         with suppress(RuntimeError):  # a group that was destroyed at the end of the program
             for group in self._groups:
@@ -235,8 +233,6 @@ class Watch:
                 self._end(fault)
             elif self._runs and (self._lost or waited > self.timeout + 2 * self._beat):
                 self._end(self._lost_fault())
-
-    # ---- ending
 
     def error(self, fault: Fault) -> RankError:
         """The error of a fault."""

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "compile": "api",
     "load": "artefact",
+    "export_hf": "export",
     "CompiledModel": "compiled",
     "Plan": "plan",
     "Router": "plan",

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from spdcompile.compiled import CompiledModel, agree_on
 from spdcompile.loading import capture_loaded, load_model
+from spdcompile.log import Component, get_logger
 from spdcompile.models import ModelSource
 from spdcompile.passes import pipeline
 from spdcompile.passes.vocabulary import Vocabulary
-from spdcompile.plan import Plan
+from spdcompile.plan import PLAN_FILE, Plan
 from spdcompile.planning import check_tp, choice, make_plan
 from spdcompile.running import Running
+
+_LOG = get_logger(Component.RUNTIME)
 
 
 def compile(
@@ -67,6 +71,7 @@ def compile(
     table = Vocabulary.BY_SIZE if vocab is None else choice(Vocabulary, vocab, "vocab")
     with Running(tp, executor, backend, device, timeout).among_ranks(model) as running:
         loaded = load_model(model, dtype)
+        _mention_plan(loaded.directory, spd_mask)
         plan = make_plan(loaded.model, tp, spd_mask, head_groups, router)
         loaded, captured = capture_loaded(loaded)
         base = pipeline.advance(captured, pipeline.preserving(plan.tp, plan.head_groups, table))
@@ -76,3 +81,9 @@ def compile(
         runner = running.executor(lowering.program, loaded.tensors, loaded.device)
         agree_on(runner, plan, loaded.model, loaded.tensors)
         return CompiledModel(base, lowering, runner, plan, loaded.model, loaded.directory)
+
+
+def _mention_plan(directory: Path | None, spd_mask: Sequence[bool] | Plan | None) -> None:
+    """Weights that were distilled for a plan are other ones than the model's first."""
+    if spd_mask is None and directory is not None and (directory / PLAN_FILE).exists():
+        _LOG.warning("%s holds a plan, which is not applied: no spd_mask", directory)

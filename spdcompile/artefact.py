@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from functools import cached_property
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from transformers import PreTrainedModel
 
 from spdcompile.compiled import CompiledModel, agree_on
 from spdcompile.errors import SaveError, UsageError
-from spdcompile.files import write_whole
+from spdcompile.export import copy_checkpoint
+from spdcompile.files import staged, write_whole
 from spdcompile.loading import Loaded, capture_loaded, load_model
 from spdcompile.log import Component, get_logger
 from spdcompile.manifest import (
@@ -42,10 +42,6 @@ from spdcompile.runtime.executor import Executor
 from spdcompile.runtime.fingerprint import fingerprint
 
 _LOG = get_logger(Component.RUNTIME)
-_CHECKPOINT = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
-    *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*"),
-)
 
 
 def save(compiled: CompiledModel, directory: str | Path, *, weights: str = "reference") -> None:
@@ -110,15 +106,13 @@ def _source_of(compiled: CompiledModel, weights: str) -> Path | PreTrainedModel:
 
 
 def _write_weights(source: Path | PreTrainedModel, target: Path) -> None:
-    if isinstance(source, PreTrainedModel):
-        source.save_pretrained(target)
+    if isinstance(source, Path) and source.samefile(target):
         return
-    for pattern in _CHECKPOINT:
-        for file in source.glob(pattern):
-            if file.is_file() and file.resolve() != (target / file.name).resolve():
-                aside = target / f".{file.name}.tmp"
-                shutil.copyfile(file, aside)
-                aside.replace(target / file.name)
+    with staged(target) as aside:
+        if isinstance(source, PreTrainedModel):
+            source.save_pretrained(aside)
+        else:
+            copy_checkpoint(source, aside)
 
 
 def _write_programs(compiled: CompiledModel, target: Path) -> dict[str, str]:

@@ -192,6 +192,22 @@ class CompiledModel:
 
         save(self, directory, weights=weights)
 
+    def export_hf(self, directory: str | Path) -> None:
+        """Writes a Hugging Face checkpoint of the weights in use, and `spd_plan.json`.
+
+        Under torchrun, rank 0 writes. See `spdcompile.export_hf`.
+        """
+        # Not above: it takes what this class is made of apart.
+        from spdcompile.export import export_hf
+
+        executor = self.executor
+        if isinstance(executor, DistributedExecutor) and torch.distributed.get_rank() != 0:
+            return
+        replaced = executor.tensors.items() if self.weights_replaced else ()
+        known = self.model.state_dict()
+        new = {name: x for name, x in replaced if isinstance(x, Tensor) and name in known}
+        export_hf(self.directory or self.model, directory, plan=self.plan, tensors=new)
+
     @property
     def num_replicas(self) -> int:
         """How many copies of the model run side by side: WORLD_SIZE / tp."""

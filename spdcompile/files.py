@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
-from contextlib import suppress
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -34,3 +37,20 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A directory whose files are moved into `directory` in the end, and are gone on an error.
+
+    Raises:
+        OSError: it cannot be made, or a file cannot be moved.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".", suffix=".tmp", dir=directory))
+    try:
+        yield aside
+        for file in sorted(aside.iterdir()):
+            file.replace(directory / file.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -15,7 +15,9 @@ from spdcompile.files import write_whole
 
 Point = tuple[int, str]
 HeadGroups = Mapping[int, tuple[tuple[int, ...], ...]]
+PLAN_FILE = "spd_plan.json"
 _FORMAT = "spdcompile-plan-1"
+_MOST_BYTES = 2**28
 
 
 class Router(Enum):
@@ -74,6 +76,8 @@ class Plan:
                 raise ValueError(f"format {data['format']!r}")
             points = [entry.split(".", 1) for entry in data["dropped"]]
             groups = data["head_groups"]
+            if not isinstance(data["measured"], Mapping):
+                raise TypeError("what was measured is no object")
             return cls(
                 tp=int(data["tp"]),
                 num_layers=int(data["num_layers"]),
@@ -113,12 +117,18 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Reads a plan that `save` wrote.
 
+        Args:
+            path: the file, or a directory in which it is `spd_plan.json`.
+
         Raises:
             PlanError: the file holds no plan.
         """
+        path = Path(path) / PLAN_FILE if Path(path).is_dir() else Path(path)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            if path.is_file() and path.stat().st_size > _MOST_BYTES:
+                raise ValueError(f"{path.stat().st_size} bytes are more than any plan's")
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise PlanError("Cannot read the plan.", where=str(path), found=str(error)) from error
         return cls.from_dict(data)
 

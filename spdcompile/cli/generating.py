@@ -10,12 +10,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 import spdcompile
+from spdcompile.cli.plans import plan_of
 from spdcompile.cli.quiet import quiet_transformers
-from spdcompile.cli.ranges import dropped_points
 from spdcompile.errors import UsageError
 from spdcompile.models import resolve_model
 from spdcompile.passes.capture import decoder_layers
-from spdcompile.plan import Plan, Router
 
 
 def generate_text(arguments: argparse.Namespace) -> int:
@@ -26,12 +25,10 @@ def generate_text(arguments: argparse.Namespace) -> int:
     tokenizer = _tokenizer(arguments.model)
     if arguments.stop:
         settings |= {"stop_strings": arguments.stop, "tokenizer": tokenizer}
-    num_layers = len(decoder_layers(model)[1])
-    points = dropped_points(arguments, num_layers)
-    plan = Plan(arguments.tp, num_layers, points, router=Router(arguments.router))
+    plan = plan_of(arguments, len(decoder_layers(model)[1]))
     compiled = spdcompile.compile(
         arguments.model,
-        tp=arguments.tp,
+        tp=plan.tp,
         spd_mask=plan,
         backend=arguments.backend,
         dtype=arguments.dtype and getattr(torch, arguments.dtype),

@@ -7,23 +7,27 @@ import argparse
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Declares the number of ranks, what is dropped and what is split besides."""
-    parser.add_argument("--tp", type=positive, required=True, metavar="N", help="number of ranks")
+    parser.add_argument(
+        "--tp", type=positive, metavar="N", help="number of ranks; not needed with --plan"
+    )
+    parser.add_argument(
+        "--plan", metavar="FILE", help="a plan, such as the spd_plan.json beside its weights"
+    )
     parser.add_argument(
         "--spd-mask",
-        default="none",
+        default="",
         metavar="RANGES",
         help="layers whose attention sync point is dropped: 0-20,25, all or none (default)",
     )
     parser.add_argument(
         "--drop",
-        default="none",
+        default="",
         metavar="POINTS",
         help="further sync points to drop: 3.mlp,4-6.attn",
     )
     parser.add_argument(
         "--router",
         choices=("exact", "replicated"),
-        default="exact",
         help="what the router of a mixture of experts reads where a dropped sync point is pending:"
         " exact (default) refuses the drop; replicated approximates by what all ranks share",
     )

@@ -9,19 +9,18 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from spdcompile.cli.plans import plan_of
 from spdcompile.cli.quiet import quiet_transformers
-from spdcompile.cli.ranges import dropped_points
 from spdcompile.errors import UsageError
 from spdcompile.files import write_whole
 from spdcompile.models import resolve_model
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
 from spdcompile.passes.capture import decoder_layers
-from spdcompile.passes.drop import PointName
 from spdcompile.passes.pipeline import Lowering
 from spdcompile.passes.printer import print_program
 from spdcompile.passes.vocabulary import Vocabulary
-from spdcompile.plan import Router
+from spdcompile.plan import Plan
 from spdcompile.report import Report, build_report, describe_model, diff_blocks
 from spdcompile.report.build import pass_reports, refusal_reports
 from spdcompile.report.text import passes_table, refusals_table, render_model
@@ -40,9 +39,9 @@ def trace_and_report(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
     quiet_transformers()
     model = resolve_model(arguments.model, weights=False)
-    points = dropped_points(arguments, len(decoder_layers(model)[1]))
-    header = render_model(describe_model(model), arguments.tp)
-    undropped, lowering = _lower(arguments, model, points)
+    plan = plan_of(arguments, len(decoder_layers(model)[1]))
+    header = render_model(describe_model(model), plan.tp)
+    undropped, lowering = _lower(arguments, model, plan)
     if arguments.stop_after:
         print("\n\n".join([header, *_unfinished(arguments, lowering)]))
         return 0
@@ -56,15 +55,15 @@ def trace_and_report(arguments: argparse.Namespace) -> int:
 
 
 def _lower(
-    arguments: argparse.Namespace, model: PreTrainedModel, points: frozenset[PointName]
+    arguments: argparse.Namespace, model: PreTrainedModel, plan: Plan
 ) -> tuple[Program, Lowering]:
     """Runs the passes one by one, and prints where that was asked for.
 
     Returns: the program before the last pass that ran, and everything after it.
     """
     table = Vocabulary(arguments.vocab or Vocabulary.BY_SIZE)
-    preserving = pipeline.preserving(arguments.tp, {}, table)
-    changing = pipeline.changing(points, Router(arguments.router))
+    preserving = pipeline.preserving(plan.tp, plan.head_groups, table)
+    changing = pipeline.changing(plan.dropped, plan.router)
     lowering = pipeline.start(model)
     before = lowering.program
     for step in (None, *preserving, *changing):

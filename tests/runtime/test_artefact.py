@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +49,6 @@ def no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the model was captured")
 
     monkeypatch.setattr(pipeline, "start", refuse)
-
-
-@pytest.fixture
-def notices(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the runtime said, whatever other tests did to its logger."""
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("spdcompile.runtime")
-    monkeypatch.setattr(logger, "level", logging.WARNING)
-    logger.addHandler(handler)
-    yield said
-    logger.removeHandler(handler)
 
 
 def _compile(source: Any, mask: list[bool] | None = None) -> spdcompile.CompiledModel:

@@ -2,34 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.aot_compile_types import SerializableCallable
 
 import spdcompile
-from spdcompile.runtime.executor import Executor
+from spdcompile.runtime import compiled_function
+from spdcompile.runtime._torch import compile_ahead
 from tests.models import tiny, token_ids
 
 FIRST = (3, 21)
 LATER = ((2, 13), (5, 37), (7, 19))
 
 
+class _Plain(SerializableCallable):
+    """A graph that is run as it is."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        self.module = module
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.module(*inputs)
+
+    @classmethod
+    def serialize_compile_artifacts(cls, _: Any) -> bytes:
+        raise RuntimeError("not kept")
+
+    @classmethod
+    def deserialize_compile_artifacts(cls, _: bytes) -> Any:
+        raise RuntimeError("not kept")
+
+
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of nodes of each graph that torch.compile hands to its backend."""
+    """The number of nodes of each graph that is handed to a backend."""
     seen: list[int] = []
 
-    def backend(module: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+    def backend(module: torch.fx.GraphModule, _: list[Any]) -> _Plain:
         seen.append(len(module.graph.nodes))
-        return module.forward
+        return _Plain(module)
 
-    def count(_: Executor, function: Callable[..., Any]) -> Any:
-        return torch.compile(function, dynamic=True, fullgraph=True, backend=backend)
-
-    monkeypatch.setattr(Executor, "_compile", count)
-    torch.compiler.reset()
+    monkeypatch.setattr(compiled_function, "compile_ahead", partial(compile_ahead, backend=backend))
     return seen
 
 
