@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.exc import UserError
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -18,6 +19,7 @@ __all__ = [
     "TorchDispatchMode",
     "UserError",
     "check_size",
+    "forget_traced",
     "outside_tracing",
     "pytree",
     "sympy_functions",
@@ -27,6 +29,11 @@ __all__ = [
 check_size = torch._check
 # While it lasts, nothing is traced and new tensors are what they are outside: not fake.
 outside_tracing = _disable_current_modes
+
+
+def forget_traced() -> None:
+    """Lets go of the last traced graph, which torch otherwise keeps, with all that it refers to."""
+    proxy_tensor._FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT.clear()
 
 
 def sympy_functions() -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import sympy
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from spdcompile.errors import CaptureError
-from spdcompile.passes._torch import UserError, sympy_functions
+from spdcompile.passes._torch import UserError, forget_traced, sympy_functions
 from spdcompile.passes.functional import made_functional, writes_in_place
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -52,25 +52,32 @@ def export(module: nn.Module, device: torch.device) -> Exported:
     """
     ids = torch.ones((_BATCH, _LENGTH), dtype=torch.long, device=device)
     inputs = (ids, torch.ones_like(ids), torch.zeros_like(ids))
+    try:
+        with torch.no_grad():
+            return _exported(module, inputs)
+    finally:
+        forget_traced()
+
+
+def _exported(module: nn.Module, inputs: tuple[Tensor, ...]) -> Exported:
     named = {0: Dim("batch", min=1), 1: Dim("length", min=1)}
-    with torch.no_grad():
-        try:
-            exported = torch.export.export(
-                module, inputs, dynamic_shapes=dict.fromkeys(INPUTS, named), strict=False
-            )
-            return Exported(_functional(exported))
-        except (UserError, AssertionError) as error:
-            if not str(error).startswith(_UNPROVED):
-                raise
-        relaxed = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in INPUTS}
+    try:
         exported = torch.export.export(
-            module,
-            inputs,
-            dynamic_shapes=relaxed,
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=True,
+            module, inputs, dynamic_shapes=dict.fromkeys(INPUTS, named), strict=False
         )
-        return Exported(_functional(exported), *_lengths(exported))
+        return Exported(_functional(exported))
+    except (UserError, AssertionError) as error:
+        if not str(error).startswith(_UNPROVED):
+            raise
+    relaxed = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in INPUTS}
+    exported = torch.export.export(
+        module,
+        inputs,
+        dynamic_shapes=relaxed,
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    return Exported(_functional(exported), *_lengths(exported))
 
 
 def failure(error: Exception) -> str:

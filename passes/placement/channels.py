@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 
@@ -89,10 +87,7 @@ class Channels:
         """Class of each id that is not shared with another class, int [count]."""
         if not self._pairs:
             return np.arange(self.count)
-        pairs = torch.cat(self._pairs, dim=1).numpy()
-        ones = np.ones(pairs.shape[1], dtype=np.int8)
-        graph = coo_array((ones, (pairs[0], pairs[1])), shape=(self.count, self.count))
-        return connected_components(graph, directed=False)[1]
+        return connected(torch.cat(self._pairs, dim=1).numpy(), self.count)
 
     def served(self) -> np.ndarray:
         """(shared id, id that it serves), int64 [2, n]."""
@@ -107,3 +102,21 @@ class Channels:
         """0 where there is no id, 1 for a shared one, 2 for one of its own."""
         known = (ids >= 0).int()
         return known * 2 - (known * self._is_shared(ids).int() if len(self._shared) else 0)
+
+
+def connected(pairs: np.ndarray, count: int) -> np.ndarray:
+    """Class of each id, int64 [count], in the order of the classes' least ids.
+
+    Not scipy's: that takes 36 MB, since transformers imports it too where it is installed.
+
+    Args:
+        pairs: ids in one class, int64 [2, n].
+    """
+    first = np.arange(count)  # an id of the same class; at its end the class's least so far
+    while True:
+        a, b = first[pairs]
+        if np.array_equal(a, b):
+            return np.unique(first, return_inverse=True)[1]
+        np.minimum.at(first, np.maximum(a, b), np.minimum(a, b))
+        while not np.array_equal(first, first[first]):
+            first = first[first]

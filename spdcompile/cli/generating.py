@@ -32,6 +32,7 @@ def generate_text(arguments: argparse.Namespace) -> int:
         spd_mask=plan,
         backend=arguments.backend,
         dtype=arguments.dtype and getattr(torch, arguments.dtype),
+        vocab=arguments.vocab,
     )
     prompt = tokenizer(arguments.prompt, return_tensors="pt")
     torch.manual_seed(arguments.seed)

@@ -6,7 +6,7 @@ import argparse
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    """Declares the number of ranks and what is dropped."""
+    """Declares the number of ranks, what is dropped and what is split besides."""
     parser.add_argument(
         "--tp", type=positive, metavar="N", help="number of ranks; not needed with --plan"
     )
@@ -30,6 +30,12 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         choices=("exact", "replicated"),
         help="what the router of a mixture of experts reads where a dropped sync point is pending:"
         " exact (default) refuses the drop; replicated approximates by what all ranks share",
+    )
+    parser.add_argument(
+        "--vocab",
+        choices=("split", "whole"),
+        help="token embeddings: split over the ranks, for one more all-reduce, or whole on each;"
+        " default split from 256 MiB on",
     )
 
 

@@ -19,6 +19,7 @@ from spdcompile.passes.base import Program
 from spdcompile.passes.capture import decoder_layers
 from spdcompile.passes.pipeline import Lowering
 from spdcompile.passes.printer import print_program
+from spdcompile.passes.vocabulary import Vocabulary
 from spdcompile.plan import Plan
 from spdcompile.report import Report, build_report, describe_model, diff_blocks
 from spdcompile.report.build import pass_reports, refusal_reports
@@ -60,10 +61,12 @@ def _lower(
 
     Returns: the program before the last pass that ran, and everything after it.
     """
+    table = Vocabulary(arguments.vocab or Vocabulary.BY_SIZE)
+    preserving = pipeline.preserving(plan.tp, plan.head_groups, table)
     changing = pipeline.changing(plan.dropped, plan.router)
     lowering = pipeline.start(model)
     before = lowering.program
-    for step in (None, *pipeline.preserving(plan.tp, plan.head_groups), *changing):
+    for step in (None, *preserving, *changing):
         if step is not None:
             before = lowering.program
             lowering = pipeline.advance(lowering, (step,))

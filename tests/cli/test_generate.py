@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import spdcompile
 from tests.cli.conftest import Command
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "models" / "tiny-llama")
@@ -58,6 +60,21 @@ def test_weights_in_half_precision_give_text(command: Command) -> None:
     outcome = command("generate", MODEL, "--prompt", PROMPT, *OPTIONS, "--dtype", "bfloat16")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith(PROMPT) and len(outcome.out) > len(PROMPT) + NUM_NEW
+
+
+def test_vocabulary_is_split_if_told(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, plain = [], spdcompile.compile
+
+    def noting(*args: Any, **settings: Any) -> spdcompile.CompiledModel:
+        made.append(plain(*args, **settings))
+        return made[-1]
+
+    monkeypatch.setattr(spdcompile, "compile", noting)
+    outcome = command("generate", MODEL, "--prompt", PROMPT, *OPTIONS, "--vocab", "split")
+    assert outcome.out == _expected() + "\n"
+    held = {tuple(tensor.shape) for tensor in made[0].executor.params["prelude"].values()}
+    config = made[0].config
+    assert (2, config.vocab_size // 2, config.hidden_size) in held
 
 
 def test_settings_of_draws_without_a_temperature_are_a_message(command: Command) -> None:

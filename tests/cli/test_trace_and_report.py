@@ -184,6 +184,12 @@ def test_router_setting_lets_a_mixture_of_experts_drop_and_is_reported(trace: Co
     assert lines_with(section(out, "Collectives in one forward pass"), "after the drop", "4")
 
 
+def test_split_vocabulary_is_one_more_point(trace: Command) -> None:
+    split, default = (trace("llama", *options).out for options in (("--vocab", "split"), ()))
+    assert lines_with(section(split, "Sync points"), "prelude", "embed", "cannot be dropped")
+    assert not lines_with(section(default, "Sync points"), "prelude")
+
+
 def test_own_attention_is_reported(trace: Command) -> None:
     refused = section(trace("bloom").out, "Refused")
     assert lines_with(refused, "model", "attention as one operator", "its own attention code")

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import networkx as nx
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from spdcompile.passes._torch import pytree
@@ -88,12 +87,11 @@ def dependence(sample: Sample, index: int) -> np.ndarray:
 
 def num_connected(changed: np.ndarray) -> int:
     """Number of classes of elements that share a result element."""
-    elements, results = changed.shape
+    elements = changed.shape[0]
     rows, columns = np.nonzero(changed)
-    size = elements + results
-    graph = coo_array((np.ones(len(rows)), (rows, elements + columns)), shape=(size, size))
-    labels = connected_components(graph, directed=False)[1]
-    return len(set(labels[:elements]))
+    graph = nx.empty_graph(elements)
+    graph.add_edges_from(zip(rows.tolist(), (elements + columns).tolist(), strict=True))
+    return nx.number_connected_components(graph)
 
 
 def _flat(results: list[Tensor]) -> Tensor:

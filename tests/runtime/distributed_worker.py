@@ -55,6 +55,12 @@ ATTENTION = frozenset({(0, "attn")})
 ALL_ATTENTION = frozenset({(0, "attn"), (1, "attn")})  # equal blocks, compiled once
 RUN = frozenset({(0, "attn"), (0, "mlp"), (1, "attn")})
 DRAWN = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5}
+GREEDY = {
+    "max_new_tokens": 12,
+    "do_sample": False,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
 CASES = {
     "llama, nothing dropped": Case("llama", NOTHING),
     "opt, nothing dropped": Case("opt", NOTHING),
@@ -106,10 +112,20 @@ def _generate_from_other_seeds(rank: int) -> list[Tensor]:
     return [tokens, torch.rand(1)]
 
 
+def _generate_in_bfloat16(rank: int) -> list[Tensor]:
+    """Greedy tokens, and the logits that each was chosen by."""
+    model = CASES["llama, nothing dropped"].model().to(torch.bfloat16)
+    compiled = spdcompile.compile(model, tp=TP, executor="distributed", backend="eager")
+    ids, mask = case_inputs(9)
+    out = compiled.generate(ids, attention_mask=mask, **GREEDY)
+    return [out.sequences, torch.stack(out.logits, 1)]
+
+
 ERRORS: dict[str, Callable[[int], list[Tensor]]] = {
     "different plans": _different_plans,
     "wrong tp": _wrong_tp,
     "chosen by WORLD_SIZE": _chosen_by_world_size,
+    "generated in bfloat16": _generate_in_bfloat16,
     "generated from other seeds": _generate_from_other_seeds,
 }
 

@@ -6,6 +6,7 @@ do. Bounds are those of tests/numerics/test_lossless.py.
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -112,6 +113,22 @@ def test_ranks_with_other_seeds_draw_the_tokens_of_rank_0(results: Results) -> N
     assert torch.equal(after, torch.rand(1)), "rank 0 has drawn as the model itself does"
     torch.manual_seed(1)
     assert torch.equal(after_others, torch.rand(1)), "the other has its own state back"
+
+
+def test_ranks_generate_in_bfloat16(results: Results) -> None:
+    """Within the bound of tests/runtime/test_half_precision.py from the same weights in float32."""
+    (tokens, logits), (others, other_logits) = (rank["generated in bfloat16"] for rank in results)
+    assert torch.equal(logits, logits.bfloat16().float()), "transformers keeps them in float32"
+    assert torch.equal(tokens, others) and torch.equal(logits, other_logits)
+    assert torch.equal(tokens[:, 9:], logits.argmax(-1))
+    model = CASES["llama, nothing dropped"].model().to(torch.bfloat16)
+    _, mask = case_inputs(9)
+    seen = torch.cat([mask, mask.new_ones(tokens.shape[0], tokens.shape[1] - 9)], 1)
+    own, truth = (
+        each(input_ids=tokens, attention_mask=seen).logits[:, 8:-1].detach().float()
+        for each in (copy.deepcopy(model), model.float())
+    )
+    assert rel_err(logits, truth) < max(2e-2, 2 * rel_err(own, truth))
 
 
 def test_inductor_runs_two_lengths_of_the_local_executor() -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).parents[2]
 MB = 10**6
 TP = 4
-# Of the 400 MB, about 60 more than the imports of torch and transformers alone take on torch 2.13.
-FIXED, READING = 480 * MB, 12 * MB
+# Torch, transformers and the capture: more than 400 MB on torch 2.13, so that a share has to be of
+# 300 MB to be held within 1.15 of it and 400 MB. Transformers imports scipy where it is installed.
+FIXED = (435 if find_spec("scipy") is None else 475) * MB
+READING = 12 * MB
 
 
 @pytest.fixture(scope="module")
