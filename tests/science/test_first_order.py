@@ -27,7 +27,7 @@ TP = 2
 TOKENS = token_ids(batch=3, length=12)
 # All in float32; each adds and subtracts the same sum once.
 SAME = 1e-5
-# In float64, but for the logits' softmax; the smaller the step, the fewer kinks of a ReLU it crosses.
+# In float64, but for the logits' softmax; a small step, to cross few of the kinks of a ReLU.
 STEP, DERIVATIVE = 1e-5, 1e-4
 
 
