@@ -55,23 +55,16 @@ def calibration_tokens(
             needed="2 at least, to predict one from another",
         )
     longest = min(LENGTH, available, LENGTH if max_length is None else max_length)
-    length = length or longest
-    most = max(1, min(COUNT, available // length))
-    tokens = chunks_of(text, tokenizer, length=length, count=count or most)
-    _tell(tokens, available, max_length)
-    return tokens
-
-
-def _tell(tokens: Tensor, available: int, max_length: int | None) -> None:
-    """A notice where less is measured than the paper measured."""
-    chunks, length = tokens.shape
-    if chunks < COUNT or length < LENGTH:
+    each = length or longest
+    most = max(1, min(COUNT, available // each))
+    if (length is None and each < LENGTH) or (count is None and most < COUNT):
         limit = "" if max_length is None else f", the model takes {max_length} at a time"
         _LOG.warning(
             "calibration on %d chunks of %d tokens, where the paper has %d of %d; the text has %d "
             "tokens%s",
-            *(chunks, length, COUNT, LENGTH, available, limit),
+            *(count or most, each, COUNT, LENGTH, available, limit),
         )
+    return chunks_of(text, tokenizer, length=each, count=count or most)
 
 
 def read_text(source: str | Path) -> str:

@@ -19,6 +19,8 @@ _HOMES = {
     "calibrate": "calibration",
     "calibration_tokens": "calibration",
     "distill": "calibration",
+    "group_heads": "grouping",
+    "HeadGrouping": "grouping",
     "CalibrateSettings": "calibration",
     "Method": "calibration",
     "Points": "calibration",
