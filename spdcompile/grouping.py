@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import RefusalError, UsageError
+from spdcompile.loading import capture_loaded, load_model
 from spdcompile.models import ModelSource
+from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program, RegionKind
+from spdcompile.passes.capture import decoder_layers
 from spdcompile.passes.probe import attention_of, follows
-from spdcompile.plan import HeadGroups, Plan
-from spdcompile.planning import structure_of
+from spdcompile.plan import HeadGroups, Plan, Router
+from spdcompile.planning import check_tp, choice, structure_of
 from spdcompile.runtime.calibrate import Points, droppable
 from spdcompile.runtime.data import check_tokens
+from spdcompile.runtime.executor import Backend
 from spdcompile.runtime.grouping import Search, best_groups, within
 from spdcompile.runtime.heads import (
     attention_units,
@@ -26,7 +32,7 @@ from spdcompile.runtime.heads import (
     matched,
     shard_norms,
 )
-from spdcompile.undropped import local_executor, undropped
+from spdcompile.runtime.local import LocalExecutor
 
 _POINT = RegionKind.ATTENTION.value
 
@@ -109,17 +115,19 @@ def group_heads(
             found="a compiled model",
             needed="the model itself, or its directory",
         )
-    even = undropped(model, tp, router=router)
-    check_tokens(even.model, tokens)
-    wanted, refused = _groupable(even, layers)
-    distances = head_distances(local_executor(even), tokens, wanted, progress=progress)
+    check_tp(tp)
+    reads = Router.EXACT if router is None else choice(Router, router, "router")
+    source = _Source(model)
+    check_tokens(source.model, tokens)
+    even = source.executor(tp, {})
+    wanted, refused = _groupable(even.program, layers, reads)
+    distances = head_distances(even, tokens, wanted, progress=progress)
     found = {layer: best_groups(apart, tp) for layer, apart in distances.items()}
     groups = {layer: tuple(sorted(best, key=_by_first)) for layer, (best, _) in found.items()}
-    grouped = local_executor(undropped(model, tp, groups, router))
-    norms = shard_norms(grouped, tokens, wanted, _POINT, progress=progress)
+    norms = shard_norms(source.executor(tp, groups), tokens, wanted, _POINT, progress=progress)
     evenly = {
-        part.layer: attention_units(even.base.program, part)
-        for part in even.base.program.parts
+        part.layer: attention_units(even.program, part)
+        for part in even.program.parts
         if part.layer in wanted
     }
     rows = tuple(
@@ -134,21 +142,38 @@ def group_heads(
         )
         for layer in sorted(wanted)
     )
-    return HeadGrouping(_plan(even, rows), rows, refused)
+    plan = Plan(
+        tp,
+        source.num_layers,
+        head_groups={row.layer: row.groups for row in rows},
+        measured={"head_grouping": [_measured(row) for row in rows]},
+        router=reads,
+        model=structure_of(source.model),
+    )
+    return HeadGrouping(plan, rows, refused)
+
+
+class _Source:
+    """A model that is captured once, and split in several ways."""
+
+    def __init__(self, model: ModelSource) -> None:
+        dtype = None if isinstance(model, PreTrainedModel) else torch.float32
+        self._loaded, self._captured = capture_loaded(load_model(model, dtype))
+        self.model = self._loaded.model
+        self.num_layers = len(decoder_layers(self.model)[1])
+
+    def executor(self, tp: int, head_groups: HeadGroups) -> LocalExecutor:
+        """Runs all ranks in this process, nothing dropped."""
+        lowering = pipeline.advance(self._captured, pipeline.preserving(tp, head_groups))
+        loaded = self._loaded
+        return LocalExecutor(
+            lowering.program, loaded.tensors, backend=Backend.EAGER, device=loaded.device
+        )
 
 
 def _by_first(group: tuple[int, ...]) -> tuple[bool, tuple[int, ...]]:
     """Ranks without units come last."""
     return not group, group
-
-
-def _plan(even: CompiledModel, rows: tuple[LayerGroups, ...]) -> Plan:
-    return replace(
-        even.plan,
-        head_groups={row.layer: row.groups for row in rows},
-        measured={"head_grouping": [_measured(row) for row in rows]},
-        model=structure_of(even.model),
-    )
 
 
 def _measured(row: LayerGroups) -> dict[str, Any]:
@@ -163,11 +188,10 @@ def _measured(row: LayerGroups) -> dict[str, Any]:
 
 
 def _groupable(
-    even: CompiledModel, layers: frozenset[int] | None
+    program: Program, layers: frozenset[int] | None, router: Router
 ) -> tuple[frozenset[int], dict[int, str]]:
     """Which layers can be grouped, and why the others cannot."""
-    program = even.base.program
-    able, points = droppable(program, Points.ATTENTION, even.plan.router)
+    able, points = droppable(program, Points.ATTENTION, router)
     reasons = {layer: reason for (layer, name), reason in points.items() if name == _POINT}
     every = {part.layer for part in program.parts if part.layer is not None}
     asked = every if layers is None else layers

@@ -110,16 +110,15 @@ def _expected_distances(model: PreTrainedModel, units: int) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     ("family", "tp"),
     [
-        *((family, 2) for family in ("llama", "llama_gqa", "phi3", "gpt2", "opt", "gpt_neox_seq")),
-        ("llama", 3),  # padded
+        *((family, 2) for family in ("llama_gqa", "phi3", "gpt2", "gpt_neox_seq")),
+        ("opt", 3),  # padded
         ("llama_gqa", 4),  # more ranks than K/V heads: query heads move
-        ("qwen3", 1),
     ],
 )
 def test_distances_are_those_of_hugging_face_s_attention(family: str, tp: int) -> None:
-    model = tiny(family, layers=2, hidden=32, heads=4, intermediate=48)
+    model = tiny(family, layers=1, hidden=32, heads=4, intermediate=48)
     executor = local_executor(undropped(model, tp))
-    found = head_distances(executor, TOKENS, frozenset({0, 1}), progress=False)
+    found = head_distances(executor, TOKENS, frozenset({0}), progress=False)
     units = 4 if tp > num_units(model.config) else num_units(model.config)
     for layer, expected in enumerate(_expected_distances(model, units)):
         assert found[layer].shape == (units, units)
@@ -158,21 +157,14 @@ def _expected_norms(layer: int, groups: Sequence[Sequence[int]]) -> np.ndarray:
     return norms
 
 
-@pytest.mark.parametrize(
-    "groups", [((0, 3, 5, 6), (1, 2, 4, 7)), ((7,), (0, 1, 2), (3, 5, 6), (4,))]
-)
+@pytest.mark.parametrize("groups", [((0, 3, 5, 6), (1, 2, 4, 7)), ((1, 7), (0, 4, 6), (2, 3, 5))])
 def test_norms_are_those_of_plain_torch(groups: tuple[tuple[int, ...], ...]) -> None:
-    layers = frozenset({0, 1}) if len(groups) == 2 else frozenset({1})
-    tp = len(groups)
-    if tp == 4:
-        groups = ((7, 0), (1, 2), (3, 5), (4, 6))
-    executor = local_executor(undropped(_llama(), tp, {layer: groups for layer in layers}))
-    found = shard_norms(executor, TOKENS, layers, "attn", progress=False)
-    assert found.keys() == layers
-    for layer in layers:
-        expected = _expected_norms(layer, groups)
-        np.testing.assert_allclose(found[layer], expected, rtol=NORM_BOUND)
-        assert np.ptp(expected) > 0.01 * expected.max()
+    """3 ranks: heads and channels are padded."""
+    executor = local_executor(undropped(_llama(), len(groups), {1: groups}))
+    found = shard_norms(executor, TOKENS, frozenset({1}), "attn", progress=False)
+    expected = _expected_norms(1, groups)
+    np.testing.assert_allclose(found[1], expected, rtol=NORM_BOUND)
+    assert np.ptp(expected) > 0.01 * expected.max()
 
 
 # ---- both together
@@ -183,7 +175,7 @@ def _grouping(tp: int) -> HeadGrouping:
     return spdcompile.group_heads(_llama(), TOKENS, tp=tp, progress=False)
 
 
-@pytest.mark.parametrize("tp", (2, 3, 4, 8))
+@pytest.mark.parametrize("tp", (2, 4, 8))
 def test_groups_are_matched_to_the_shards_with_the_largest_norms(tp: int) -> None:
     found = _grouping(tp)
     assert [row.layer for row in found.layers] == [0, 1]
