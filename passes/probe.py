@@ -41,13 +41,17 @@ def attention_of(block: BlockGraph) -> AttentionInputs | None:
     if len(nodes) != 1:
         return None
     (node,) = nodes
-    tensors = {name: node.args[place] for name, place in _TENSORS.items()}
     stacked = {
         name: not isinstance(value.meta["placement"], Replicate)
-        for name, value in tensors.items()
-        if isinstance(value, fx.Node)
+        for name, value in _tensors(node).items()
     }
     return AttentionInputs(stacked, tuple(node.args[len(_TENSORS) + 1 :]))
+
+
+def _tensors(attention: fx.Node) -> dict[str, fx.Node]:
+    """The tensors that attention compares, by name; without sinks where there are none."""
+    given = {name: attention.args[place] for name, place in _TENSORS.items()}
+    return {name: value for name, value in given.items() if isinstance(value, fx.Node)}
 
 
 def attention_probe(program: Program, layers: frozenset[int]) -> Program:
@@ -59,8 +63,7 @@ def attention_probe(program: Program, layers: frozenset[int]) -> Program:
 
     def rewrite(graph: fx.Graph) -> list[fx.Node]:
         (node,) = graph.find_nodes(op="call_function", target=ATTENTION)
-        found = [node.args[place] for place in _TENSORS.values()]
-        return [value for value in found if isinstance(value, fx.Node)]
+        return list(_tensors(node).values())
 
     def outputs(block: BlockGraph) -> tuple[str, ...]:
         inputs = attention_of(block)
@@ -72,7 +75,7 @@ def attention_probe(program: Program, layers: frozenset[int]) -> Program:
 
 def partial_probe(program: Program, layers: frozenset[int], point: str) -> Program:
     """Blocks that give what each rank adds up at a sync point, under `PARTIAL`."""
-    return _probe(program, layers, lambda graph: [_sync(graph, point).args[0]], _one)
+    return _probe(program, layers, lambda graph: [_partial(_sync(graph, point))], _one)
 
 
 def mlp_probe(program: Program, layers: frozenset[int], point: str) -> Program:
@@ -85,11 +88,12 @@ def mlp_probe(program: Program, layers: frozenset[int], point: str) -> Program:
     def rewrite(graph: fx.Graph) -> list[fx.Node]:
         sync = _sync(graph, point)
         later = _next_sync(graph, sync)
+        assert later is not None, "asked for of blocks in which another one follows"
         with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
             given = graph.placeholder(PARTIAL)
-        given.meta = {**sync.args[0].meta, "placement": P}
+        given.meta = {**_partial(sync).meta, "placement": P}
         sync.replace_all_uses_with(given)
-        return [later.args[0]]
+        return [_partial(later)]
 
     probe = _probe(program, layers, rewrite, _one)
     parts = tuple(
@@ -133,7 +137,7 @@ def _giving(block: BlockGraph, rewrite: Any) -> BlockGraph:
     graph.eliminate_dead_code()
     block.module.recompile()
     left = graph.find_nodes(op="call_function", target=SYNC)
-    return replace(block, sync_points=tuple(SyncPoint(node.args[1]) for node in left))
+    return replace(block, sync_points=tuple(SyncPoint(str(node.args[1])) for node in left))
 
 
 def _attention_nodes(block: BlockGraph) -> list[fx.Node]:
@@ -143,6 +147,12 @@ def _attention_nodes(block: BlockGraph) -> list[fx.Node]:
 def _sync(graph: fx.Graph, point: str) -> fx.Node:
     nodes = graph.find_nodes(op="call_function", target=SYNC)
     return next(node for node in nodes if node.args[1] == point)
+
+
+def _partial(sync: fx.Node) -> fx.Node:
+    """What each rank adds up at a sync point."""
+    (partial,) = sync.all_input_nodes
+    return partial
 
 
 def _next_sync(graph: fx.Graph, first: fx.Node) -> fx.Node | None:

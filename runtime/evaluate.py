@@ -84,17 +84,15 @@ class Evaluator:
             RefusalError: they cannot be dropped.
         """
         dropped = frozenset(points)
-        name = ",".join(f"{layer}.{point}" for layer, point in sorted(dropped)) or "none"
-        found = self.record.get(name)
+        found = self.record.get(_name(dropped))
         if found is None:
             found = asdict(self._measured(dropped))
-            self.record.put(name, found)
+            self.record.put(_name(dropped), found)
         return Quality(**found)
 
     def is_known(self, points: Iterable[PointName]) -> bool:
         """Whether `quality` runs nothing for these points."""
-        name = ",".join(f"{layer}.{point}" for layer, point in sorted(points)) or "none"
-        return self.record.get(name) is not None
+        return self.record.get(_name(points)) is not None
 
     def program_without(self, points: frozenset[PointName]) -> Program:
         """The program that drops some points; equal blocks are the same graph in all of them."""
@@ -163,6 +161,11 @@ class Evaluator:
         postlude = self.parts[-1]
         values = self.plain_values(batch, [postlude])
         return self.plain.call(postlude, values)[self.plain.program.output]
+
+
+def _name(points: Iterable[PointName]) -> str:
+    """Under which a record keeps what was measured with some points dropped."""
+    return ",".join(f"{layer}.{point}" for layer, point in sorted(points)) or "none"
 
 
 def read_by(parts: Iterable[Part]) -> set[str]:

@@ -159,7 +159,7 @@ class _Sweep:
             made = self.plain.call(postlude, {**values, **leaves})
             return made[self.plain.program.output][:, :-1].float().flatten(0, 1)
 
-        found, backward = torch.func.vjp(logits, self._leaves(values))
+        found, backward, *_ = torch.func.vjp(logits, self._leaves(values))
         odds = found.detach().softmax(-1)
         generator = torch.Generator(odds.device).manual_seed(self.batch)
         drawn = torch.multinomial(odds, 1, generator=generator).squeeze(1)
@@ -181,7 +181,7 @@ class _Sweep:
 
         closed = torch.zeros(len(self.evaluator.batches[self.batch]), device=self.plain.device)
         leaves = self._leaves(values) if by_inputs else {}
-        _, backward = torch.func.vjp(run, closed, leaves)
+        _, backward, *_ = torch.func.vjp(run, closed, leaves)
         self.evaluator.count(BACKWARD * len(span.parts))
         pairs = [backward({name: by[name] for name in outputs}) for by in self.gradients]
         return [(by_gate.double().cpu(), by_leaves) for by_gate, by_leaves in pairs]
@@ -196,7 +196,7 @@ class _Sweep:
             made = self.plain.call(part, {**values, **leaves})
             return {name: made[name] for name in outputs}
 
-        _, backward = torch.func.vjp(run, self._leaves(values))
+        _, backward, *_ = torch.func.vjp(run, self._leaves(values))
         self.evaluator.count(BACKWARD)
         return [backward({name: by[name] for name in outputs})[0] for by in self.gradients]
 

@@ -101,7 +101,7 @@ def group_heads(
         tokens: calibration chunks, int64 [chunks, length]; see `calibration_tokens`, `chunks_of`.
         tp: number of ranks; all of them run in this process.
         layers: those to group; all by default.
-        router: as in `compile`.
+        router: as in `compile`. Norms are measured with each rank routing by what it sees itself.
         progress: whether to show progress bars.
 
     Raises:

@@ -63,7 +63,9 @@ def _compiled(head_groups: bool = False) -> CompiledModel:
 
 def _logits(tokens: Tensor, points: Iterable[PointName], head_groups: bool = False) -> Tensor:
     plan = Plan(TP, LAYERS, frozenset(points), GROUPS if head_groups else {})
-    return _compiled(head_groups).with_mask(plan)(tokens).logits
+    logits = _compiled(head_groups).with_mask(plan)(tokens).logits
+    assert logits is not None
+    return logits
 
 
 def _naive(tokens: Tensor, points: Iterable[PointName], head_groups: bool = False) -> float:

@@ -97,7 +97,7 @@ def test_kl_is_the_second_order_of_small_steps() -> None:
     """On 300 chunks the standard error is 8 %: a factor of 2 or a wrong sum is found out."""
     compiled, tokens, step = _compiled("llama"), token_ids(batch=300, length=8), 0.02
     found = _estimated(compiled, tokens, batch_size=60)
-    plain = compiled(tokens).logits[:, :-1].double().log_softmax(-1)
+    plain = _logits(compiled, compiled.base.program, tokens=tokens)[:, :-1].double().log_softmax(-1)
     for point, quality in zip(found.points, found.found[Method.FIRST_ORDER], strict=True):
         near = _logits(compiled, blend(_dropped(compiled, point)), step, tokens)
         near = near[:, :-1].double().log_softmax(-1)

@@ -73,7 +73,7 @@ def test_other_tokens_weights_or_settings_share_no_results(tmp_path: Path) -> No
     _calibrated(settings, TOKENS.flip(0))
     _calibrated(replace(settings, batch_size=3))
     name = "model.layers.0.mlp.up_proj.weight"
-    changed = _compiled().with_weights({name: _compiled().executor.tensors[name] * 1.01})
+    changed = _compiled().with_weights({name: _compiled().model.state_dict()[name] * 1.01})
     other = spdcompile.calibrate(changed, TOKENS, tp=TP, settings=settings, progress=False)
     assert len(list(tmp_path.iterdir())) == 4
     assert other.undropped != _fresh().undropped
