@@ -24,7 +24,7 @@ from spdcompile.planning import check_tp, choice, structure_of
 from spdcompile.runtime.calibrate import Points, droppable
 from spdcompile.runtime.data import check_tokens
 from spdcompile.runtime.executor import Backend
-from spdcompile.runtime.grouping import Search, best_groups, within
+from spdcompile.runtime.grouping import Groups, Search, best_groups, within
 from spdcompile.runtime.heads import (
     attention_units,
     head_distances,
@@ -125,23 +125,7 @@ def group_heads(
     found = {layer: best_groups(apart, tp) for layer, apart in distances.items()}
     groups = {layer: tuple(sorted(best, key=_by_first)) for layer, (best, _) in found.items()}
     norms = shard_norms(source.executor(tp, groups), tokens, wanted, _POINT, progress=progress)
-    evenly = {
-        part.layer: attention_units(even.program, part)
-        for part in even.program.parts
-        if part.layer in wanted
-    }
-    rows = tuple(
-        LayerGroups(
-            layer,
-            groups=matched(norms[layer], groups[layer]),
-            search=found[layer][1],
-            distance=within(distances[layer], groups[layer]),
-            distance_even=within(distances[layer], evenly[layer]),
-            norm=largest_sum(norms[layer]),
-            norm_unmatched=float(np.trace(norms[layer])),
-        )
-        for layer in sorted(wanted)
-    )
+    rows = _rows(even.program, distances, found, groups, norms)
     plan = Plan(
         tp,
         source.num_layers,
@@ -151,6 +135,38 @@ def group_heads(
         model=structure_of(source.model),
     )
     return HeadGrouping(plan, rows, refused)
+
+
+def _rows(
+    program: Program,
+    distances: Mapping[int, np.ndarray],
+    found: Mapping[int, tuple[Groups, Search]],
+    groups: Mapping[int, Groups],
+    norms: Mapping[int, np.ndarray],
+) -> tuple[LayerGroups, ...]:
+    """The groups of each layer, matched to the MLP shards, and what there was before.
+
+    Args:
+        program: split evenly.
+        groups: those that were found, in the order in which the norms were measured.
+    """
+    evenly = {
+        part.layer: attention_units(program, part)
+        for part in program.parts
+        if part.layer in distances
+    }
+    return tuple(
+        LayerGroups(
+            layer,
+            groups=matched(norms[layer], groups[layer]),
+            search=found[layer][1],
+            distance=within(distances[layer], groups[layer]),
+            distance_even=within(distances[layer], evenly[layer]),
+            norm=largest_sum(norms[layer]),
+            norm_unmatched=float(np.trace(norms[layer])),
+        )
+        for layer in sorted(distances)
+    )
 
 
 class _Source:
