@@ -83,7 +83,8 @@ def main() -> None:
         assert error < 1e-5, "an empty mask must keep the model's numbers"
     with step("sensitivity of each block"):
         chosen = tokens["calibration"][: sizes.sensitivity]
-        sensitivity = spdcompile.calibrate(compiled, chosen, tp=TP)
+        attention = spdcompile.CalibrateSettings(points=spdcompile.Points.ATTENTION)
+        sensitivity = spdcompile.calibrate(compiled, chosen, tp=TP, settings=attention)
         print_sensitivity(sensitivity)
     with step("perplexity by share of attention sync points dropped, zero-shot and after B2B"):
         masks = masks_for(sensitivity, layers(model))
@@ -121,16 +122,18 @@ def largest_error(compiled: spdcompile.CompiledModel, model: PreTrainedModel, id
 
 
 def print_sensitivity(sensitivity: spdcompile.Sensitivity) -> None:
+    found = sensitivity.found[spdcompile.Method.CUMULATIVE]
     rows = [
-        (layer, f"{perplexity:.3f}", f"{score:+.3f}")
-        for layer, (perplexity, score) in enumerate(
-            zip(sensitivity.perplexities, sensitivity.scores, strict=False)
+        (layer, f"{quality.perplexity:.3f}", f"{score:+.3f}")
+        for (layer, _), quality, score in zip(
+            sensitivity.points, found, sensitivity.scores, strict=True
         )
     ]
     print(tabulate(rows, ["block i", "perplexity, i..L dropped", "s_i"], disable_numparse=True))
     print(
-        f"   kept whole: {sensitivity.perplexities[-1]:.3f}; {sensitivity.block_evaluations} block "
-        f"evaluations instead of {sensitivity.naive_block_evaluations}"
+        f"   kept whole: {sensitivity.undropped.perplexity:.3f}; "
+        f"{sensitivity.block_evaluations} block evaluations instead of "
+        f"{sensitivity.naive_block_evaluations}"
     )
 
 
@@ -139,7 +142,7 @@ def masks_for(sensitivity: spdcompile.Sensitivity, num_layers: int) -> dict[int,
     masks = {}
     for share in SHARES:
         chosen = sensitivity.least_sensitive(round(num_layers * share / 100))
-        masks[share] = [layer in chosen for layer in range(num_layers)]
+        masks[share] = [(layer, "attn") in chosen for layer in range(num_layers)]
     return masks
 
 

@@ -64,9 +64,13 @@ def measure(
     kept = perplexity(compiled.executor, tokens["heldout"])
     count = model.config.num_hidden_layers
     rows: list[tuple[object, ...]] = [(tp, "0 %", "", 2 * count, f"{kept:.2f}", f"{kept:.2f}")]
-    found = spdcompile.calibrate(compiled, tokens["calibration"][::2], tp=tp, progress=False)
+    attention = spdcompile.CalibrateSettings(points=spdcompile.Points.ATTENTION)
+    found = spdcompile.calibrate(
+        compiled, tokens["calibration"][::2], tp=tp, settings=attention, progress=False
+    )
     for share in SHARES:
-        layers = found.least_sensitive(count * share // 100)
+        points = found.least_sensitive(count * share // 100)
+        layers = [layer for layer, _ in points]
         mask = [layer in layers for layer in range(count)]
         dropped = compiled.with_mask(mask)
         zero_shot = perplexity(dropped.executor, tokens["heldout"])

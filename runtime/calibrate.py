@@ -1,52 +1,138 @@
-"""Sensitivity of each block to losing its attention sync point (SPD, arXiv 2502.20727).
+"""What dropping each sync point costs: three ways of asking (SPD, arXiv 2502.20727, and beyond).
 
-s_i = PPL(SPD on blocks i..L) - PPL(SPD on blocks i+1..L), the blocks before being plain tensor
-parallel. Their hidden states are the same in every evaluation, so they are computed once: the last
-L - i blocks are all that evaluation i runs.
+Cumulative, the paper's: s_i = PPL(points i..L dropped) - PPL(points i+1..L dropped). Leave-one-out:
+PPL(point i dropped) - PPL(none). First order: the derivative of the loss; see first_order.py. The
+blocks before the first dropped point are plain in all of them, and are run once.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from spdcompile.errors import RefusalError
 from spdcompile.passes import pipeline
+from spdcompile.passes.base import Program, RegionKind
+from spdcompile.passes.drop import Drop, PointName, refusal_of
 from spdcompile.plan import Router
-from spdcompile.runtime.data import batches_of, token_loss
-from spdcompile.runtime.executor import Executor
-from spdcompile.runtime.inputs import program_inputs
+from spdcompile.runtime.evaluate import Evaluator, Quality
+from spdcompile.runtime.first_order import FirstOrder
+from spdcompile.runtime.hidden import HiddenStates, hidden_states
 from spdcompile.runtime.local import LocalExecutor
+from spdcompile.runtime.record import Record, key_of
+
+
+class Method(enum.Enum):
+    """How the cost of a drop is found."""
+
+    CUMULATIVE = "cumulative"
+    """The paper's: with all later points dropped as well."""
+    ALONE = "leave-one-out"
+    """By itself, all other points kept."""
+    FIRST_ORDER = "first-order"
+    """By itself, from one backward pass: perplexity to first, KL divergence to second order."""
+
+
+class Points(enum.Enum):
+    """Which sync points are measured."""
+
+    ALL = "all"
+    ATTENTION = "attn"
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateSettings:
+    """How calibration runs.
+
+    Args:
+        points: which sync points.
+        methods: how their cost is found.
+        batch_size: chunks at a time.
+        memory_bytes: hidden states beyond this many are in mapped files; None for all in memory.
+        scratch: directory for those files; the system's own by default.
+        resume: directory that keeps what is measured, so that a run that was killed goes on.
+    """
+
+    points: Points = Points.ALL
+    methods: tuple[Method, ...] = (Method.CUMULATIVE,)
+    batch_size: int = 8
+    memory_bytes: int | None = 2**30
+    scratch: str | Path | None = None
+    resume: str | Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """What dropping attention sync points costs, block by block.
+    """What dropping sync points costs.
 
     Args:
-        perplexities: entry i: perplexity with the points of blocks i..L dropped; the last entry,
-            L, is that of the unchanged model.
-        block_evaluations: blocks run on the whole calibration set.
-        naive_block_evaluations: what L + 1 whole evaluations would have run.
+        points: the sync points measured, in program order.
+        undropped: with all points kept.
+        found: by method, for each point: with it and all later ones dropped (cumulative), with it
+            alone dropped (leave-one-out; first-order, where agreement is not known).
+        refused: points that cannot be dropped, and why.
+        block_evaluations: blocks run on the whole calibration set, a backward run counted as two;
+            less what an earlier run had found.
+        naive_block_evaluations: what evaluations of the whole model would have run, first-order
+            counted as one a point.
     """
 
-    perplexities: tuple[float, ...]
-    block_evaluations: int
-    naive_block_evaluations: int
+    points: tuple[PointName, ...]
+    undropped: Quality
+    found: Mapping[Method, tuple[Quality, ...]]
+    refused: Mapping[PointName, str] = field(default_factory=dict)
+    block_evaluations: int = 0
+    naive_block_evaluations: int = 0
+
+    def scores_by(self, method: Method) -> dict[PointName, float]:
+        """For each point the perplexity that dropping it adds, by a method that was asked for."""
+        dropped = [quality.perplexity for quality in self.found[method]]
+        kept = [self.undropped.perplexity] * len(dropped)
+        if method is Method.CUMULATIVE:
+            kept = [*dropped[1:], *kept[:1]]
+        pairs = zip(self.points, dropped, kept, strict=True)
+        return {point: with_it - without for point, with_it, without in pairs}
 
     @property
     def scores(self) -> tuple[float, ...]:
-        """s_i for each block: the perplexity that dropping its point adds."""
-        pairs = zip(self.perplexities, self.perplexities[1:], strict=False)
-        return tuple(dropped - kept for dropped, kept in pairs)
+        """The scores of the points in order, by the first method that was asked for."""
+        return tuple(self.scores_by(next(iter(self.found))).values())
 
-    def least_sensitive(self, count: int) -> tuple[int, ...]:
-        """The `count` blocks with the smallest scores, in ascending order of layer."""
-        order = sorted(range(len(self.scores)), key=lambda layer: self.scores[layer])
-        return tuple(sorted(order[:count]))
+    def least_sensitive(self, count: int) -> tuple[PointName, ...]:
+        """The `count` points with the smallest scores, in program order."""
+        order = sorted(range(len(self.points)), key=lambda place: self.scores[place])
+        return tuple(self.points[place] for place in sorted(order[:count]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON data."""
+        rows = []
+        for place, (layer, name) in enumerate(self.points):
+            row: dict[str, Any] = {"point": f"{layer}.{name}"}
+            for method, qualities in self.found.items():
+                score = self.scores_by(method)[layer, name]
+                row[method.value] = {"score": score, **_fields(qualities[place])}
+            rows.append(row)
+        return {
+            "undropped": _fields(self.undropped),
+            "points": rows,
+            "refused": {f"{layer}.{name}": why for (layer, name), why in self.refused.items()},
+            "block_evaluations": self.block_evaluations,
+            "naive_block_evaluations": self.naive_block_evaluations,
+        }
+
+
+def _fields(quality: Quality) -> dict[str, float | None]:
+    return {
+        "perplexity": quality.perplexity,
+        "kl": quality.kl,
+        "agreement": quality.agreement,
+    }
 
 
 def calibrate(
@@ -55,10 +141,10 @@ def calibrate(
     tokens: Tensor,
     *,
     router: Router = Router.EXACT,
-    batch_size: int = 8,
+    settings: CalibrateSettings | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """Measures the paper's s_i for every block, L + 1 evaluations from the last block on.
+    """Measures what dropping each sync point costs.
 
     Args:
         base: the program before anything is dropped.
@@ -67,44 +153,143 @@ def calibrate(
         router: what routers read where a dropped point is pending.
 
     Raises:
-        RefusalError: a block's attention point cannot be dropped.
+        RefusalError: none of the points can be dropped.
         UsageError: the tokens do not fit.
+        SaveError: there is no room for hidden states or results.
     """
-    layers = [part.layer for part in base.program.parts if part.layer is not None]
-    every = frozenset((layer, "attn") for layer in layers)
-    dropped = pipeline.advance(base, pipeline.changing(every, router)).program
-    prefixes = [(batch, _prefix(plain, batch)) for batch in batches_of(tokens, batch_size)]
-    spd = plain.with_program(dropped)
-    starts = tqdm(
-        range(len(layers), -1, -1), desc="sensitivity", unit="evaluation", disable=not progress
-    )
-    perplexities = [_perplexity(spd, prefixes, start) for start in starts]
-    count = len(layers)
-    return Sensitivity(
-        tuple(reversed(perplexities)),
-        block_evaluations=count + count * (count + 1) // 2,
-        naive_block_evaluations=count * (count + 1),
-    )
+    settings = settings or CalibrateSettings()
+    points, refused = droppable(base.program, settings.points, router)
+    if not points:
+        (layer, name), reason = next(iter(refused.items()))
+        raise RefusalError(
+            "The model has no sync point to measure.",
+            point=f"layers.{layer}.{name}",
+            reason=reason,
+            fix="trace-and-report lists what can be dropped",
+        )
+    keyed = {"router": router.value, "batch_size": settings.batch_size}
+    record = Record(settings.resume, key_of(plain, tokens, keyed))
+    with hidden_states(settings.scratch, settings.memory_bytes) as states:
+        run = _Run(base, plain, tokens, points, router, settings, states, record)
+        return run.all(refused, progress)
 
 
-@torch.no_grad()
-def _prefix(executor: Executor, batch: Tensor) -> dict[str, Tensor]:
-    """Every value of a plain run up to the last block."""
-    env = program_inputs(executor.program, batch.to(executor.device))
-    executor.run_parts(env, executor.program.parts[:-1])
-    return env
+def droppable(
+    program: Program, points: Points, router: Router
+) -> tuple[tuple[PointName, ...], dict[PointName, str]]:
+    """Which sync points can be dropped, each by itself, and why the others cannot."""
+    able: list[PointName] = []
+    refused: dict[PointName, str] = {}
+    for layer, name in _candidates(program, points):
+        reason = refusal_of(program, layer, name, router)
+        if not reason:
+            try:
+                Drop(frozenset({(layer, name)}), router)(program)
+            except RefusalError as why:
+                reason = why.reason
+        if reason:
+            refused[layer, name] = reason
+        else:
+            able.append((layer, name))
+    return tuple(able), refused
 
 
-@torch.no_grad()
-def _perplexity(
-    executor: Executor, prefixes: list[tuple[Tensor, dict[str, Tensor]]], start: int
-) -> float:
-    """Perplexity with the executor's own blocks from `start` on, the cached ones before."""
-    parts = executor.program.parts[1 + start :]
-    loss, count = 0.0, 0
-    for batch, prefix in prefixes:
-        env = dict(prefix)
-        executor.run_parts(env, parts)
-        batch_loss, batch_count = token_loss(env[executor.program.output], batch)
-        loss, count = loss + batch_loss, count + batch_count
-    return math.exp(loss / count)
+def _candidates(program: Program, points: Points) -> list[PointName]:
+    """The sync points of all blocks, merged ones included, in order."""
+    found = []
+    for part in program.parts:
+        if part.layer is None:
+            continue
+        block = program.graph_of(part)
+        attention = {r.name for r in block.regions if r.kind is RegionKind.ATTENTION}
+        names = [name for point in block.sync_points for name in (*point.merged, point.name)]
+        if points is Points.ATTENTION:
+            names = [name for name in names if name in attention] or ["attn"]
+        found += [(part.layer, name) for name in names]
+    return found
+
+
+class _Run:
+    """One calibration."""
+
+    def __init__(
+        self,
+        base: pipeline.Lowering,
+        plain: LocalExecutor,
+        tokens: Tensor,
+        points: tuple[PointName, ...],
+        router: Router,
+        settings: CalibrateSettings,
+        states: HiddenStates,
+        record: Record,
+    ) -> None:
+        self.points, self.methods = points, settings.methods
+        self.bar = tqdm(desc="sensitivity", unit="block", disable=True)
+        self.evaluator = Evaluator(
+            base,
+            plain,
+            tokens,
+            states=states,
+            record=record,
+            router=router,
+            batch_size=settings.batch_size,
+            advance=self._advance,
+        )
+        self.layers = sum(part.layer is not None for part in base.program.parts)
+        asked = Method.FIRST_ORDER in self.methods
+        self.gradient = FirstOrder(self.evaluator, points) if asked else None
+
+    def _advance(self, blocks: int) -> None:
+        self.bar.update(blocks)
+
+    def all(self, refused: Mapping[PointName, str], progress: bool) -> Sensitivity:
+        """Every method that was asked for."""
+        evaluations = self._evaluations()
+        batches = len(self.evaluator.batches)
+        total = self._left(evaluations) * batches
+        with tqdm(total=total, desc="sensitivity", unit="block", disable=not progress) as self.bar:
+            undropped = self.evaluator.quality(())
+            found = {method: self._measured(method, undropped) for method in self.methods}
+        naive = (len(evaluations) + (len(self.points) if self.gradient else 0)) * self.layers
+        done = self.evaluator.blocks_run // batches
+        return Sensitivity(self.points, undropped, found, refused, done, naive)
+
+    def _dropped(self, method: Method) -> list[Sequence[PointName]]:
+        """What a method drops for each point."""
+        if method is Method.CUMULATIVE:
+            return [self.points[place:] for place in range(len(self.points))]
+        return [(point,) for point in self.points]
+
+    def _evaluations(self) -> set[frozenset[PointName]]:
+        measured = [method for method in self.methods if method is not Method.FIRST_ORDER]
+        sets = (frozenset(points) for method in measured for points in self._dropped(method))
+        return {frozenset(), *sets}
+
+    def _left(self, evaluations: set[frozenset[PointName]]) -> int:
+        """Blocks still to be run on each batch."""
+        left = [points for points in evaluations if not self.evaluator.is_known(points)]
+        blocks = [self.evaluator.blocks_from(points) for points in left]
+        if self.gradient and self.evaluator.record.get(self._gradient_name) is None:
+            blocks.append(self.gradient.blocks)
+        return sum(blocks) + (self.layers if blocks else 0)
+
+    def _measured(self, method: Method, undropped: Quality) -> tuple[Quality, ...]:
+        if method is Method.FIRST_ORDER:
+            kept = undropped.perplexity
+            return tuple(Quality(kept * (1 + loss), kl) for loss, kl in self._changes())
+        # From the last one on: the first evaluations are the cheap ones.
+        found = [self.evaluator.quality(points) for points in reversed(self._dropped(method))]
+        return tuple(reversed(found))
+
+    def _changes(self) -> list[tuple[float, float]]:
+        """Change of the loss and KL divergence of each point, kept in the record as one result."""
+        assert self.gradient is not None, "made where the method was asked for"
+        changes = self.evaluator.record.get(self._gradient_name)
+        if changes is None:
+            changes = [(change.loss, change.kl) for change in self.gradient.run()]
+            self.evaluator.record.put(self._gradient_name, changes)
+        return changes
+
+    @property
+    def _gradient_name(self) -> str:
+        return "first-order of " + ",".join(f"{layer}.{name}" for layer, name in self.points)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdcompile.errors import UsageError
 from spdcompile.runtime.executor import Executor
@@ -46,16 +46,40 @@ def chunks_of(
     return chunks[chosen]
 
 
+def check_tokens(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Raises UsageError unless tokens are chunks of ids that a model has an embedding for.
+
+    Args:
+        tokens: int64 [chunks, length].
+    """
+    _check_chunks(tokens)
+    size = model.get_input_embeddings().weight.shape[0]
+    outside = ((tokens < 0) | (tokens >= size)).nonzero()
+    if len(outside):
+        chunk, position = outside[0].tolist()
+        raise UsageError(
+            f"{len(outside)} tokens are outside the model's vocabulary.",
+            where=f"tokens[{chunk}, {position}]",
+            found=f"id {int(tokens[chunk, position])}",
+            needed=f"ids from 0 to {size - 1}",
+            fix="use the tokenizer that belongs to the model",
+        )
+
+
 def batches_of(tokens: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Batches of chunks, int64 [<= batch_size, length]."""
-    if tokens.dim() != 2 or tokens.is_floating_point() or not len(tokens):
+    _check_chunks(tokens)
+    yield from tokens.split(batch_size)
+
+
+def _check_chunks(tokens: Tensor) -> None:
+    if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel():
         raise UsageError(
             "The calibration tokens do not fit.",
             where="tokens",
             found=f"{tokens.dtype} {list(tokens.shape)}",
             needed="whole numbers [chunks, length]",
         )
-    yield from tokens.split(batch_size)
 
 
 def token_loss(logits: Tensor, tokens: Tensor) -> tuple[float, int]:

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from spdcompile.api import compile as compile_model
 from spdcompile.compiled import CompiledModel
-from spdcompile.errors import UsageError
 from spdcompile.models import ModelSource
-from spdcompile.plan import Plan, Router
-from spdcompile.planning import choice, groups_of
-from spdcompile.runtime.calibrate import Sensitivity
+from spdcompile.plan import Plan
+from spdcompile.runtime.calibrate import CalibrateSettings, Method, Points, Sensitivity
 from spdcompile.runtime.calibrate import calibrate as run_calibration
-from spdcompile.runtime.data import chunks_of
+from spdcompile.runtime.data import check_tokens, chunks_of
 from spdcompile.runtime.distill import Distilled, DistillSettings, StudentInput
 from spdcompile.runtime.distill import distill as run_distillation
-from spdcompile.runtime.local import LocalExecutor
+from spdcompile.runtime.evaluate import Quality
+from spdcompile.runtime.texts import calibration_tokens
+from spdcompile.undropped import Groups, local_executor, undropped
 
 __all__ = [
+    "CalibrateSettings",
     "DistillSettings",
     "Distilled",
+    "Method",
+    "Points",
+    "Quality",
     "Sensitivity",
     "StudentInput",
     "calibrate",
+    "calibration_tokens",
     "chunks_of",
     "distill",
 ]
-
-Groups = Mapping[int, Sequence[Sequence[int]]]
 
 
 def calibrate(
@@ -42,35 +41,40 @@ def calibrate(
     tp: int,
     head_groups: Groups | None = None,
     router: str | None = None,
-    batch_size: int = 8,
+    plan: Plan | None = None,
+    settings: CalibrateSettings | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """Measures how much perplexity each block loses without its attention sync point.
+    """Measures what dropping each sync point costs in perplexity, KL divergence and agreement.
 
-    The paper's cumulative scores (SPD, arXiv 2502.20727): L + 1 evaluations from the last block
-    on, the hidden states before the range computed once.
+    By default the paper's cumulative scores (SPD, arXiv 2502.20727), from the last point on, for
+    attention and MLP points alike; leave-one-out and a first-order estimate on request.
 
     Args:
         model: a loaded model, or a local directory with weights, which is loaded in float32; or
             what `compile` made of it for the local executor, which spares the capture.
-        tokens: calibration chunks, int64 [chunks, length]; see `chunks_of`.
+        tokens: calibration chunks, int64 [chunks, length]; see `calibration_tokens`, `chunks_of`.
         tp: number of ranks; all of them run in this process.
         head_groups: layer -> tp lists of head group units.
         router: as in `compile`; that of a compiled model if None.
-        batch_size: chunks at a time.
+        plan: brings head groups and router setting; what it drops is not dropped here.
+        settings: which points, how, and where hidden states and results so far are kept.
         progress: whether to show a progress bar.
 
     Raises:
         UsageError: tp, the tokens or the model do not fit.
-        RefusalError: a block's attention point cannot be dropped.
+        PlanError: the plan was made for another model or tp.
+        RefusalError: no sync point can be dropped.
+        SaveError: there is no room for hidden states or results.
     """
-    compiled = _undropped(model, tp, head_groups, router)
+    compiled = undropped(model, tp, head_groups, router, plan)
+    check_tokens(compiled.model, tokens)
     return run_calibration(
         compiled.base,
-        _local(compiled),
+        local_executor(compiled),
         tokens,
         router=compiled.plan.router,
-        batch_size=batch_size,
+        settings=settings,
         progress=progress,
     )
 
@@ -103,66 +107,16 @@ def distill(
         RefusalError: a sync point that cannot be dropped, or one whose block passes partial sums
             on to the next block, so that it has no output of its own to compare.
     """
-    if isinstance(spd_mask, Plan):
-        if router is not None:
-            raise UsageError("A Plan brings its own router setting.", where="router")
-        head_groups = spd_mask.head_groups
-    compiled = _undropped(model, tp, head_groups, router)
+    given = spd_mask if isinstance(spd_mask, Plan) else None
+    compiled = undropped(model, tp, head_groups, router, given)
+    check_tokens(compiled.model, tokens)
     plan = compiled.with_mask(spd_mask).plan
     return run_distillation(
         compiled.base,
-        _local(compiled),
+        local_executor(compiled),
         tokens,
         points=plan.dropped,
         router=plan.router,
         settings=settings,
         progress=progress,
     )
-
-
-def _undropped(
-    model: ModelSource | CompiledModel,
-    tp: int,
-    head_groups: Groups | None,
-    router: str | None,
-) -> CompiledModel:
-    """The model with every sync point, all ranks in this process, eager unless given compiled."""
-    if isinstance(model, CompiledModel):
-        _check_fits(model, tp, head_groups)
-        reads = model.plan.router if router is None else choice(Router, router, "router")
-        return model.with_mask(replace(model.plan, dropped=frozenset(), router=reads))
-    dtype = None if isinstance(model, PreTrainedModel) else torch.float32
-    return compile_model(
-        model,
-        tp=tp,
-        head_groups=head_groups,
-        router=router,
-        executor="local",
-        backend="eager",
-        dtype=dtype,
-    )
-
-
-def _check_fits(compiled: CompiledModel, tp: int, head_groups: Groups | None) -> None:
-    """Raises UsageError if a compiled model was not compiled for this tp and these head groups."""
-    if compiled.plan.tp != tp or (
-        head_groups is not None and groups_of(head_groups) != dict(compiled.plan.head_groups)
-    ):
-        raise UsageError(
-            "The model was compiled for something else.",
-            where="model",
-            found=f"tp={compiled.plan.tp}, head groups {dict(compiled.plan.head_groups)}",
-            needed=f"tp={tp}, head groups {head_groups or {}}",
-            fix="give the model itself",
-        )
-
-
-def _local(compiled: CompiledModel) -> LocalExecutor:
-    if not isinstance(compiled.executor, LocalExecutor):
-        raise UsageError(
-            "Calibration and distillation run all ranks in one process.",
-            where="model",
-            found="a model compiled for one rank a process",
-            fix="compile it with executor='local'",
-        )
-    return compiled.executor

@@ -40,6 +40,7 @@ class Plan:
         head_groups: layer -> per rank, ids of its head group units; other layers split evenly.
         measured: what calibration or distillation measured, as JSON data.
         router: what routers read where a dropped sync point is pending.
+        model: what tells the model that it was made for (`planning.structure_of`); "" for any.
     """
 
     tp: int
@@ -48,11 +49,14 @@ class Plan:
     head_groups: HeadGroups = field(default_factory=dict)
     measured: Mapping[str, Any] = field(default_factory=dict)
     router: Router = Router.EXACT
+    model: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON data."""
+        named = {"model": self.model} if self.model else {}
         return {
             "format": _FORMAT,
+            **named,
             "tp": self.tp,
             "num_layers": self.num_layers,
             "dropped": [f"{layer}.{name}" for layer, name in sorted(self.dropped)],
@@ -87,8 +91,9 @@ class Plan:
                     for layer, ranks in groups.items()
                 },
                 measured=dict(data["measured"]),
-                # Plans written before there was this setting have no such entry.
+                # Plans written before there were these settings have no such entries.
                 router=Router(data.get("router", Router.EXACT.value)),
+                model=str(data.get("model", "")),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TypeVar
@@ -44,7 +45,22 @@ def make_plan(
             found=f"a plan for tp={spd_mask.tp} and {spd_mask.num_layers} layers",
             needed=f"tp={tp} and {num_layers} layers",
         )
+    if spd_mask.model and spd_mask.model != structure_of(model):
+        raise PlanError(
+            "The plan was made for something else.",
+            found=f"a plan for a model {spd_mask.model}",
+            needed=f"one for this model, {structure_of(model)}",
+        )
     return spd_mask
+
+
+def structure_of(model: PreTrainedModel) -> str:
+    """A few letters that tell models of different structure apart, whatever their weights.
+
+    Returns: the model type, and a hash of the shapes of all tensors.
+    """
+    shapes = sorted(tuple(tensor.shape) for tensor in model.state_dict().values())
+    return f"{model.config.model_type}-{hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]}"
 
 
 def groups_of(head_groups: Mapping[int, Sequence[Sequence[int]]]) -> HeadGroups:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spdcompile import __version__, log
-from spdcompile.cli import export_hf, generate, trace_and_report
+from spdcompile.cli import calibrate, export_hf, generate, group_heads, trace_and_report
 from spdcompile.errors import SpdCompileError
 
 OK, FAILED, USER_MISTAKE = 0, 1, 2
@@ -43,6 +43,18 @@ COMMANDS = (
         "go on from a prompt, streamed; under torchrun, or all ranks in one process",
         generate.add_arguments,
         generate.run,
+    ),
+    Command(
+        "calibrate",
+        "measure what dropping each sync point costs on a text",
+        calibrate.add_arguments,
+        calibrate.run,
+    ),
+    Command(
+        "group-heads",
+        "choose which heads share a rank, and write a plan",
+        group_heads.add_arguments,
+        group_heads.run,
     ),
     Command(
         "export-hf",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import TextStreamer
 
 import spdcompile
 from spdcompile.cli.plans import plan_of
 from spdcompile.cli.quiet import quiet_transformers
+from spdcompile.cli.reading import read_tokenizer
 from spdcompile.errors import UsageError
 from spdcompile.models import resolve_model
 from spdcompile.passes.capture import decoder_layers
@@ -22,7 +22,7 @@ def generate_text(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     quiet_transformers()
     model = resolve_model(arguments.model, weights=False)
-    tokenizer = _tokenizer(arguments.model)
+    tokenizer = read_tokenizer(arguments.model)
     if arguments.stop:
         settings |= {"stop_strings": arguments.stop, "tokenizer": tokenizer}
     plan = plan_of(arguments, len(decoder_layers(model)[1]))
@@ -65,17 +65,3 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.temperature is not None:
         settings |= {"do_sample": True, "temperature": arguments.temperature, **draws}
     return settings
-
-
-def _tokenizer(directory: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            "The tokenizer cannot be read.",
-            where=os.path.join(directory, "tokenizer.json"),
-            found=str(error).splitlines()[0],
-            needed="a tokenizer beside the weights",
-        ) from error

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from spdcompile.cli.plans import plan_of
 from spdcompile.cli.quiet import quiet_transformers
+from spdcompile.cli.writing import STDOUT, check_target, write_output
 from spdcompile.errors import UsageError
-from spdcompile.files import write_whole
 from spdcompile.models import resolve_model
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
@@ -25,7 +24,6 @@ from spdcompile.report import Report, build_report, describe_model, diff_blocks
 from spdcompile.report.build import pass_reports, refusal_reports
 from spdcompile.report.text import passes_table, refusals_table, render_model
 
-_STDOUT = "-"
 _PASSES = (
     "capture",
     *(step.name for step in pipeline.preserving(1, {})),
@@ -48,7 +46,7 @@ def trace_and_report(arguments: argparse.Namespace) -> int:
     report = build_report(lowering)
     if arguments.json:
         _write_json(arguments.json, model, report)
-    if arguments.json != _STDOUT:
+    if arguments.json != STDOUT:
         diffs = [f"{title}\n{text}" for title, text in diff_blocks(undropped, lowering.program)]
         print("\n\n".join([header, str(report), *diffs]))
     return 0
@@ -92,22 +90,7 @@ def _unfinished(arguments: argparse.Namespace, lowering: Lowering) -> list[str]:
 def _write_json(target: str, model: PreTrainedModel, report: Report) -> None:
     document = {"model": asdict(describe_model(model)), **report.to_dict()}
     text = json.dumps(document, indent=2)
-    if target == _STDOUT:
-        print(text)
-        return
-    try:
-        write_whole(target, f"{text}\n")
-    except OSError as error:
-        raise _unwritable(target, str(error)) from error
-
-
-def _unwritable(target: str, found: str) -> UsageError:
-    return UsageError(
-        "The report cannot be written.",
-        where=f"--json {target}",
-        found=found,
-        needed="a file in a directory that exists and can be written, or - for stdout",
-    )
+    write_output("--json", target, text)
 
 
 def _check_passes(arguments: argparse.Namespace) -> None:
@@ -136,9 +119,7 @@ def _check_passes(arguments: argparse.Namespace) -> None:
 def _check_json(arguments: argparse.Namespace) -> None:
     if not arguments.json:
         return
-    parent = Path(arguments.json).parent
-    if not parent.is_dir():
-        raise _unwritable(arguments.json, f"{parent} is not a directory")
+    check_target("--json", arguments.json)
     if arguments.stop_after:
         raise UsageError(
             "There is no report of a program that is not finished.",
@@ -146,7 +127,7 @@ def _check_json(arguments: argparse.Namespace) -> None:
             found="both options",
             needed="one of them",
         )
-    if arguments.json == _STDOUT and arguments.print_after:
+    if arguments.json == STDOUT and arguments.print_after:
         raise UsageError(
             "The report and the program cannot both go to stdout.",
             where="--json - --print",

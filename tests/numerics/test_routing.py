@@ -171,9 +171,12 @@ def test_plan_file_holds_the_setting_and_older_ones_are_read() -> None:
 
 def test_calibration_and_distillation_take_the_setting() -> None:
     model, tokens = tiny_moe("mixtral", layers=2), token_ids(batch=4)
+    attention = spdcompile.CalibrateSettings(points=spdcompile.Points.ATTENTION)
     with pytest.raises(RefusalError, match="router='replicated'"):
-        spdcompile.calibrate(model, tokens, tp=2, progress=False)
-    found = spdcompile.calibrate(model, tokens, tp=2, router="replicated", progress=False)
+        spdcompile.calibrate(model, tokens, tp=2, settings=attention, progress=False)
+    found = spdcompile.calibrate(
+        model, tokens, tp=2, router="replicated", settings=attention, progress=False
+    )
     assert all(abs(score) > 0 for score in found.scores)
     mask = [True, True]
     steps = spdcompile.DistillSettings(steps=20, batch_size=4)
