@@ -198,10 +198,8 @@ def _matching(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     count = len(weights)
     graph = nx.Graph()
-    graph.add_weighted_edges_from(
-        (row, count + column, float(weights[row, column]))
-        for row, column in np.ndindex(*weights.shape)
-    )
+    for row, column in np.ndindex(*weights.shape):
+        graph.add_edge(row, count + column, weight=float(weights[row, column]))
     pairs = map(sorted, nx.max_weight_matching(graph, maxcardinality=True))
     rows, columns = zip(*sorted(pairs), strict=True)
     return np.array(rows), np.array(columns) - count
