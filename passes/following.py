@@ -142,6 +142,8 @@ class Follower:
     def _is_free(self, node: fx.Node) -> bool:
         if self.placements[node] in (R, []):
             return False
+        if node.target in SHAPE_ONLY:  # which reads no number of its operand
+            return True
         args = (arg for arg in node.all_input_nodes if arg in self.placements)
         return all(arg in self.free or self.placements[arg] in (R, []) for arg in args)
 
@@ -199,6 +201,8 @@ class Follower:
             at = self.placements[node.args[2]]
             ndim = node.meta["val"].dim()
             return at if isinstance(at, Shard) and at.dim == node.args[1] % ndim else None
+        if node.target is aten.index_select.default and node.args[1] == 0:
+            return self.placements[node.args[2]]
         if node.target is aten.index.Tensor and node.args[1][0] is not None:
             only = all(index is None for index in node.args[1][1:])
             return self.placements[node.args[1][0]] if only else None

@@ -18,18 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from spdcompile.passes.base import Part, Program
-from spdcompile.passes.ops import ATTENTION
+from spdcompile.passes.base import Program
+from spdcompile.passes.following import Follower, MixedError, describe
+from spdcompile.passes.ops import ATTENTION, GROUPED_MM
 from spdcompile.passes.placement.types import Shard
-from spdcompile.passes.following import LAYOUT, Follower, MixedError, describe
+from spdcompile.passes.trial import BATCH, Sources, Trial, Value, draw
 
-_BATCH = 3
+aten = torch.ops.aten
 # Tokens that there are, and how many of them come first.
 _PREFIXES = ((8, (1, 3, 6)), (41, (17, 40)))
-_LARGEST = 1 << 26  # numbers of a random weight
 _BOUND = 2e-5  # of the largest number; they are float32 at least
 _COMMON = 1e3  # numbers of this size and more are those of masks
-_NARROW = (torch.bfloat16, torch.float16)
 
 
 class _Stable(NamedTuple):
@@ -39,28 +38,15 @@ class _Stable(NamedTuple):
     every: bool
 
 
-class _Value(NamedTuple):
-    """A node as one part runs it."""
-
-    part: Part
-    node: fx.Node
-
-    @property
-    def key(self) -> tuple[str, fx.Node]:
-        return self.part.name, self.node
-
-
 def check_prefixes(program: Program, followers: Mapping[str, Follower]) -> None:
     """Raises MixedError unless each token depends on those before it and itself alone."""
-    known: dict[Any, _Stable] = {}
+    checker = _Checker(Sources(program, followers))
     found: list[tuple[fx.Node, _Stable]] = []
     for part in program.parts:
         for node in followers[part.graph].mixing:
-            test = _Test(program, followers, _Value(part, node))
-            if test.key not in known:
-                known[test.key] = test.run()
-            found.append((node, known[test.key]))
-            if not any(known[test.key]):
+            stable = checker.stable(Value(part, node))
+            found.append((node, stable))
+            if not any(stable):
                 raise MixedError(f"{describe(node)} mixes tokens")
     operators = {node.target for f in followers.values() for node in f.placements}
     padding = next((node for node, stable in found if not stable.real), None)
@@ -69,197 +55,77 @@ def check_prefixes(program: Program, followers: Mapping[str, Follower]) -> None:
         raise MixedError(f"{describe(padding)} lets real tokens see padding")
 
 
-class _Test:
-    """What lies behind the result of a mixing operator, and its test."""
+class _Checker:
+    """Tests the results of mixing operators, once for all that are computed alike."""
 
-    def __init__(
-        self, program: Program, followers: Mapping[str, Follower], result: _Value
-    ) -> None:
-        self.program, self.followers, self.result = program, followers, result
-        self.maker = {
-            name: _Value(part, node)
-            for part in program.parts
-            for name, node in zip(part.outputs, _outputs(program, part), strict=True)
-        }
-        self.order = self._behind()
-        self.dim = self._placement(result).dim
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.known: dict[Any, _Stable] = {}
 
-    @property
-    def key(self) -> Any:
-        """Equal for results that are computed alike, as those of equal blocks are."""
-        here = self.result.part.name
-        constants = tuple(
-            (node.name, hash(self._constant(part, node).numpy().tobytes()))
-            for part, node in self.order
-            if node.name in part.params and part.params[node.name].constant
+    def stable(self, result: Value) -> _Stable:
+        """Which tokens of a result do not depend on later ones."""
+        stable = self._try(Trial(self.sources, result))
+        return stable if stable.real else self._try(Trial(self.sources, result, deep=True))
+
+    def _try(self, trial: Trial) -> _Stable:
+        changing = tuple(
+            trial.begins_with(value) and not self._is_settled(value) for value in trial.order
         )
-        others = tuple((part.name, node) for part, node in self.order if part.name != here)
-        return self.result.node, others, constants
+        key = trial.key, trial.deep, changing
+        if key not in self.known:
+            self.known[key] = self._compare(trial, changing)
+        return self.known[key]
 
-    def run(self) -> _Stable:
+    def _compare(self, trial: Trial, changing: tuple[bool, ...]) -> _Stable:
         """Compares what the first tokens get with all tokens there and alone."""
+        dim = self.sources.placement(trial.result).dim
         real, every = True, True
         for total, firsts in _PREFIXES:
             for mask in _masks(total):
-                whole = self._values(mask, total)
+                whole = trial.run(mask, total)
                 for first in firsts:
-                    expected = whole.narrow(self.dim, 0, first)
-                    seen = self._spread(mask[:, :first], self.result, expected)
-                    same = self._values(mask, first)
+                    expected = whole.narrow(dim, 0, first)
+                    seen = self.sources.spread(mask[:, :first], trial.result, expected)
+                    same = trial.run(mask, first)
                     every = every and _equal(same, expected, torch.ones_like(seen))
-                    other = self._values(mask, first, padding=_BATCH)
+                    other = trial.run(mask, first, changing)
                     real = real and _equal(other, expected, seen)
         return _Stable(real, every)
 
-    def _behind(self) -> list[_Value]:
-        """All values that the result is computed from, in an order in which they can be."""
-        order: dict[tuple[str, fx.Node], _Value] = {}
-        pending = [(self.result, False)]
+    def _is_settled(self, value: Value) -> bool:
+        """Whether it is the same at each step for padding too: made from ids, or nothing there."""
+        pending, seen = [value], set()
         while pending:
-            value, ready = pending.pop()
-            if value.key in order:
-                continue
-            if ready:
-                order[value.key] = value
-                continue
-            pending.append((value, True))
-            pending += [(source, False) for source in self._sources(value)]
-        return list(order.values())
+            other = pending.pop()
+            if other.node.target in (ATTENTION, GROUPED_MM) or self.sources.is_mixing(other):
+                return False
+            sources = self.sources.of(other)
+            factors = sources if other.node.target is aten.mul.Tensor else []
+            if other.key not in seen and not any(map(self._is_nothing_at_padding, factors)):
+                seen.add(other.key)
+                pending += sources
+        return True
 
-    def _sources(self, value: _Value) -> list[_Value]:
-        part, node = value
-        if self._is_given(value):
-            return []
-        if node.op == "placeholder":
-            name = part.inputs.get(node.name)
-            return [self.maker[name]] if name in self.maker else []
-        tensors = [arg for arg in node.all_input_nodes if _is_tensor(arg)]
-        return [_Value(part, arg) for arg in tensors]
-
-    def _is_given(self, value: _Value) -> bool:
-        """Whether it is followed token by token, so that any numbers will do for it."""
-        follower = self.followers[value.part.graph]
-        is_result = value.key == self.result.key
-        shard = isinstance(follower.placements[value.node], Shard)
-        return shard and value.node not in follower.free and not is_result
-
-    def _placement(self, value: _Value) -> Any:
-        return self.followers[value.part.graph].placements[value.node]
-
-    def _values(self, mask: Tensor, length: int, padding: int = 0) -> Tensor:
-        """The result for the first tokens.
-
-        Args:
-            padding: a seed for other values of the tokens that are padding; 0 for the same.
-        """
-        env: dict[tuple[str, fx.Node], Any] = {}
-        for number, value in enumerate(self.order):
-            part, node = value
-            if self._is_given(value):
-                env[value.key] = self._random(value, number, mask, length, padding)
-            elif node.op != "placeholder":
-                env[value.key] = self._call(value, env, length)
-            elif node.name in part.params:
-                env[value.key] = self._constant(part, node)
-            elif part.inputs[node.name] in self.maker:
-                env[value.key] = env[self.maker[part.inputs[node.name]].key]
-            else:
-                env[value.key] = mask[:, :length]
-        return env[self.result.key]
-
-    def _random(
-        self, value: _Value, seed: int, mask: Tensor, length: int, padding: int
-    ) -> Tensor:
-        placement = self._placement(value)
-        if placement.layout != LAYOUT:
-            raise MixedError(f"{describe(self.result.node)} takes tokens of all sequences as one")
-        like = value.node.meta["val"]
-        shape = [self._size(value, size, mask.shape[1]) for size in like.shape]
-        tensor = _draw(shape, like.dtype, seed)
-        if padding:
-            seen = self._spread(mask, value, tensor)
-            tensor = torch.where(seen, tensor, _draw(shape, like.dtype, seed + 1000 * padding, 3))
-        return tensor.narrow(placement.dim, 0, length)
-
-    def _spread(self, mask: Tensor, value: _Value, tensor: Tensor) -> Tensor:
-        """Which of a value's numbers are of real tokens, in a shape that broadcasts to its own."""
-        shape, seen = [1] * tensor.dim(), mask.bool()
-        dim = self._placement(value).dim
-        shape[dim] = tensor.shape[dim]
-        symbolic = value.node.meta["val"].shape
-        batches = [d for d, size in enumerate(symbolic) if d != dim and not isinstance(size, int)]
-        if not batches:
-            return seen.all(0).reshape(shape)
-        # Heads are folded behind the batch; if it were otherwise, the test would fail.
-        shape[batches[0]] = tensor.shape[batches[0]]
-        seen = seen.repeat_interleave(shape[batches[0]] // len(mask), 0)
-        return (seen if batches[0] < dim else seen.T).reshape(shape)
-
-    def _constant(self, part: Part, node: fx.Node) -> Tensor:
-        ref = part.params[node.name]
-        shape = node.meta["val"].shape
-        if not ref.constant and shape.numel() > _LARGEST:
-            raise MixedError(f"{describe(self.result.node)} mixes tokens by way of {ref.fqn}")
-        value = self.program.constants[ref.fqn] if ref.constant else _draw(shape, ref.dtype, 7)
-        return _widened(value.cpu())
-
-    def _call(self, value: _Value, env: Mapping[Any, Any], length: int) -> Any:
-        part, node = value
-
-        def number(arg: fx.Node) -> Any:
-            if _is_tensor(arg):
-                return env[part.name, arg]
-            return self._size(value, arg.meta["val"], length)
-
-        args, kwargs = fx.map_arg((node.args, node.kwargs), number)
-        args, kwargs = fx.node.map_aggregate((args, kwargs), _plain)
-        try:
-            return node.target(*args, **kwargs)
-        except (RuntimeError, IndexError, NotImplementedError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise MixedError(f"{describe(node)} mixes tokens, untested: {reason}") from error
-
-    def _size(self, value: _Value, size: Any, length: int) -> Any:
-        if not isinstance(size, torch.SymInt):
-            return size
-        symbol, expression = self.followers[value.part.graph].length, size.node.expr
-        sizes = dict.fromkeys(expression.free_symbols, _BATCH) | {symbol: length}
-        return int(expression.subs(sizes))
-
-
-def _outputs(program: Program, part: Part) -> tuple[fx.Node, ...]:
-    return program.graph_of(part).module.graph.output_node().args[0]
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta["val"], torch.Tensor | list | tuple)
+    def _is_nothing_at_padding(self, value: Value) -> bool:
+        """Whether it is the attention mask, in any shape, or as good as that."""
+        if not self.sources.is_free(value):
+            return False
+        if not isinstance(self.sources.placement(value), Shard):
+            return False
+        trial, zero = Trial(self.sources, value), True
+        for mask in _masks(_PREFIXES[0][0]):
+            found = trial.run(mask, mask.shape[1])
+            seen = self.sources.spread(mask, value, found).expand(found.shape)
+            zero = zero and not bool(found[~seen].any())
+        return zero
 
 
 def _masks(total: int) -> Iterator[Tensor]:
     """No padding, padding on the left, and padding anywhere; int64 [B, total]."""
-    yield torch.ones(_BATCH, total, dtype=torch.long)
+    yield torch.ones(BATCH, total, dtype=torch.long)
     pads = torch.tensor([0, 2, total // 2 + 1])
     yield (torch.arange(total) >= pads[:, None]).long()
-    yield _draw((_BATCH, total), torch.bool, 5).long()
-
-
-def _draw(shape: Any, dtype: torch.dtype, seed: int, scale: int = 1) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    if dtype.is_floating_point or dtype.is_complex:
-        wide = torch.float32 if dtype in _NARROW else dtype
-        return scale * torch.randn(shape, dtype=wide, generator=random)
-    return torch.randint(0, 2 if dtype == torch.bool else 7, shape, generator=random).to(dtype)
-
-
-def _widened(value: Tensor) -> Tensor:
-    return value.float() if value.dtype in _NARROW else value
-
-
-def _plain(arg: Any) -> Any:
-    """An argument with which the test runs: on a CPU, and no number narrower than float32."""
-    if isinstance(arg, torch.device):
-        return torch.device("cpu")
-    return torch.float32 if arg in _NARROW and isinstance(arg, torch.dtype) else arg
+    yield draw((BATCH, total), torch.bool, 5).long()
 
 
 def _equal(found: Tensor, expected: Tensor, where: Tensor) -> bool:

@@ -185,7 +185,7 @@ class _Graph:
                     taken += split
         needs = []
         # Of the operand of new_zeros nothing but the dtype is read.
-        rest = Span.NEW if node.target in SHAPE_ONLY else Span.ALL
+        rest = Span.NEW if node.target in SHAPE_ONLY & SIZED else Span.ALL
         for number, operand in enumerate(operands):
             dims = list(self._dims(operand, rest))
             for dim in (dim for other, dim in taken if other == number):
@@ -231,21 +231,23 @@ class _Graph:
 
     def _is_made(self, node: fx.Node, source: fx.Node, dim: int) -> bool:
         """Whether an operator repeats one entry along a dim, or takes a table's first entries."""
+        columns = self.follower.takes_columns(node) and node.args[1] == dim
+        if not columns and node.target not in _EXPANDS:
+            return False
         shape, ndim = source.meta["val"].shape, node.meta["val"].dim()
         at = dim - (ndim - len(shape))
-        if at >= 0 and self.follower.depends(shape[at]):
-            return False
-        columns = self.follower.takes_columns(node) and node.args[1] == dim
-        return columns or node.target in _EXPANDS
+        return at < 0 or not self.follower.depends(shape[at])
 
     def _choices(self, operands: list[fx.Node]) -> Iterator[tuple[int | None, ...]]:
         """A dim of tokens, or none, of each operand; of more operands first."""
-        options = [
-            [None, *(d for d, span in enumerate(self._dims(arg, Span.ALL)) if span is not None)]
-            for arg in operands
-        ]
+        options = [[None, *self._lengths(arg.meta["val"])] for arg in operands]
         choices = sorted(product(*options), key=lambda choice: choice.count(None))
         return iter(choices[:-1])
+
+
+    def _lengths(self, value: Any) -> list[int]:
+        shape = value.shape if isinstance(value, torch.Tensor) else ()
+        return [dim for dim, size in enumerate(shape) if self.follower.is_length(size)]
 
 
 def _split_attention(
