@@ -50,28 +50,24 @@ class Columns:
         self.counts = False  # whether new tokens must begin at one column for all sequences
         self.inputs = {node.name: node for node in self.graph.find_nodes(op="placeholder")}
         self.like = next(
-            self.inputs[name] for name in part.inputs if self._is_followed(self.inputs[name])
+            self.inputs[name] for name in part.inputs if TOKENS in self.inputs[name].meta
         )
         self.length = self.like.meta["val"].shape[self.like.meta[TOKENS]]
         self._sizes: dict[str, fx.Node] = {}
         self._totals: dict[fx.Node, fx.Node] = {}
-
-    @staticmethod
-    def _is_followed(node: fx.Node) -> bool:
-        return TOKENS in node.meta and SPANS not in node.meta
 
     # ---- numbers of tokens
 
     def take_sizes_elsewhere(self) -> None:
         """The number of new tokens is read off a value that has no others."""
         for node in self.graph.find_nodes(op="call_function", target=aten.sym_size.int):
-            if not self._is_followed(node.args[0]):
+            if TOKENS not in node.args[0].meta or SPANS in node.args[0].meta:
                 node.args = self._with_size(node)
 
     def _with_size(self, node: fx.Node) -> tuple[fx.Node, int]:
         size = node.meta["val"]
         for name in self.part.inputs:
-            if self._is_followed(self.inputs[name]):
+            if TOKENS in self.inputs[name].meta:
                 for dim, other in enumerate(self.inputs[name].meta["val"].shape):
                     if str(other) == str(size):
                         return self.inputs[name], dim

@@ -25,11 +25,10 @@ SUBJECT = "KV cache"
 
 
 def follow_tokens(program: Program) -> PassResult:
-    """Writes `meta["tokens"]` on every value that has one dim of tokens, and `meta["spans"]` on
+    """Writes `meta["tokens"]` on every value that is followed token by token.
 
-    those that are not followed token by token, but computed for as many tokens as are needed.
-
-    Where that cannot be had, the program is left as it is, with the reason as a refusal.
+    On those that are computed for as many tokens as are needed, it writes `meta["spans"]`. Where
+    that cannot be had, the program is left as it is, with the reason as a refusal.
     """
     given, program = program, program.map_graphs(lambda _, block: block.copied())
     try:
@@ -51,18 +50,15 @@ def _followed(program: Program) -> dict[str, Follower]:
         raise MixedError(f"its graph holds for {program.min_length} tokens and more")
     followers = follow_program(program)
     check_prefixes(program, followers)
-    postlude = followers[program.parts[-1].graph]
-    if postlude.mixing or any(lie.free for lie in postlude.given.values()):
-        raise MixedError("what follows the last block mixes tokens")
     return followers
 
 
 def _dims(followers: dict[str, Follower]) -> dict[fx.Node, Any]:
-    found = [item for follower in followers.values() for item in follower.placements.items()]
     return {
         node: _dim_of(placement)
-        for node, placement in found
-        if placement not in (R, []) and placement is not MIXED
+        for follower in followers.values()
+        for node, placement in follower.placements.items()
+        if placement not in (R, []) and placement is not MIXED and node not in follower.free
     }
 
 
