@@ -28,9 +28,7 @@ START = "start"
 
 def refuse(reason: str) -> RefusalError:
     """The error of a program that has no cache."""
-    return RefusalError(
-        "The model cannot run on new tokens alone.", point=SUBJECT, reason=reason
-    )
+    return RefusalError("The model cannot run on new tokens alone.", point=SUBJECT, reason=reason)
 
 
 class Columns:

@@ -130,9 +130,7 @@ class Follower:
                 self.placements[node] = lie.placement
                 self.free |= {node} if lie.free else set()
             elif node.op == "output":
-                self.results = [
-                    Lie(self.placements[arg], arg in self.free) for arg in node.args[0]
-                ]
+                self.results = [Lie(self.placements[arg], arg in self.free) for arg in node.args[0]]
             elif isinstance(node.meta["val"], torch.Tensor | list | tuple):
                 expert = module_path(node) in experts
                 self.placements[node] = self._by_size(node) if expert else self._follow(node)

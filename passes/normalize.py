@@ -147,7 +147,7 @@ _REWRITES: tuple[Rewrite, ...] = (
 
 
 def _settle_extreme(node: fx.Node) -> bool:
-    """max(1 - length, 0) is 0: left as it is, Inductor reads past a dim of that much less than 1."""
+    """max(1 - length, 0) is 0; Inductor, which does not see it, reads past the end of x[that:]."""
     if node.target not in (torch.sym_max, torch.sym_min):
         return False
     sizes = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args]

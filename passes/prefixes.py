@@ -12,6 +12,7 @@ between holds small weights at most, and those of the test are random.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -80,7 +81,8 @@ class _Checker:
         """Compares what the first tokens get with all tokens there and alone."""
         dim = self.sources.placement(trial.result).dim
         real, every = True, True
-        for total, firsts in _PREFIXES:
+        longest = self.sources.program.max_length or math.inf
+        for total, firsts in (case for case in _PREFIXES if case[0] <= longest):
             for mask in _masks(total):
                 whole = trial.run(mask, total)
                 for first in firsts:

@@ -19,10 +19,10 @@ from torch import fx
 
 from spdcompile.passes.base import Program
 from spdcompile.passes.concrete import call_of
+from spdcompile.passes.following import LAYOUT, MIXED, SHAPE_ONLY, Follower, numbers
 from spdcompile.passes.ops import ATTENTION
 from spdcompile.passes.placement import RULES
 from spdcompile.passes.placement.types import R, Shard
-from spdcompile.passes.following import LAYOUT, MIXED, SHAPE_ONLY, Follower, numbers
 
 aten = torch.ops.aten
 # Key of a node's meta: the `Spans` of a value that is computed for other tokens than the new ones.
@@ -179,10 +179,10 @@ class _Graph:
         own = list(self._dims(node, Span.ALL))
         taken: list[tuple[int, int]] = []
         for dim, span in enumerate(want if self._is_adjustable(node) else ()):
-            if span is Span.NEW and (split := self._split(node, operands, dim)) is not None:
-                if not set(split) & set(taken):
-                    own[dim] = Span.NEW
-                    taken += split
+            split = self._split(node, operands, dim) if span is Span.NEW else None
+            if split is not None and not set(split) & set(taken):
+                own[dim] = Span.NEW
+                taken += split
         needs = []
         # Of the operand of new_zeros nothing but the dtype is read.
         rest = Span.NEW if node.target in SHAPE_ONLY & SIZED else Span.ALL
@@ -244,7 +244,6 @@ class _Graph:
         choices = sorted(product(*options), key=lambda choice: choice.count(None))
         return iter(choices[:-1])
 
-
     def _lengths(self, value: Any) -> list[int]:
         shape = value.shape if isinstance(value, torch.Tensor) else ()
         return [dim for dim, size in enumerate(shape) if self.follower.is_length(size)]
@@ -258,7 +257,7 @@ def _split_attention(
 ) -> list[tuple[int, int]] | None:
     """Queries and the rows of the mask; without a mask, rows are numbered from the first token."""
     q, _, _, *masks = operands
-    causal = node.kwargs.get("is_causal") or len(node.args) > 5 and node.args[5]
+    causal = node.kwargs.get("is_causal") or (len(node.args) > 5 and node.args[5])
     if causal or dim != q.meta["val"].dim() - 2:
         return None
     rows = [(0, dim)]

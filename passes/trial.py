@@ -102,9 +102,7 @@ class Trial:
         others = tuple((part.name, node) for part, node in self.order if part.name != here)
         return self.result.node, others, constants
 
-    def run(
-        self, mask: Tensor, length: int, padding: Sequence[bool] | None = None
-    ) -> Tensor:
+    def run(self, mask: Tensor, length: int, padding: Sequence[bool] | None = None) -> Tensor:
         """The result for the first tokens.
 
         Args:

@@ -108,10 +108,10 @@ class _Compiled:
                 needed="settings of the generation, not of the model",
             )
         before = 0 if past_key_values is None else past_key_values.longest
-        if before and attention_mask is not None and input_ids.shape[1] > before:
-            if input_ids.shape == attention_mask.shape:  # a model that knows of no cache gives all
-                input_ids = input_ids[:, before:]
-                position_ids = None if position_ids is None else position_ids[:, before:]
+        total = None if attention_mask is None else attention_mask.shape[1]
+        if 0 < before < input_ids.shape[1] == total:  # of a model that knows of no cache
+            input_ids = input_ids[:, before:]
+            position_ids = None if position_ids is None else position_ids[:, before:]
         if self.compiled.program.positions in (None, Positions.FROM_IDS):
             position_ids = None  # the model numbers its tokens itself
         return self.compiled(

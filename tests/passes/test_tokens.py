@@ -102,9 +102,7 @@ MIX: dict[str, Body] = {
     ),
     "hidden a little": lambda m, x, mask, p: _plain_attention(x, mask, hidden=-7.0),
     "mean so far of all": lambda m, x, mask, p: x.cumsum(1) / x.shape[1],
-    "the last ones": lambda m, x, mask, p: (
-        x * (torch.arange(x.shape[1]) > x.shape[1] - 3)[:, None]
-    ),
+    "the last ones": lambda m, x, mask, p: x * (torch.arange(x.shape[1]) > x.shape[1] - 3)[:, None],
     "padding's mean seen": lambda m, x, mask, p: _plain_attention(
         _plain_attention(x, mask), mask, padding=False
     ),
@@ -134,9 +132,11 @@ BEFORE: dict[str, Body] = {
     "scores": lambda m, x, mask, p: _plain_attention(x, mask),
     "scores of padding too": lambda m, x, mask, p: _plain_attention(x, mask, padding=False),
     "scores twice": lambda m, x, mask, p: _plain_attention(_plain_attention(x, mask).sin(), mask),
-    "convolution": lambda m, x, mask, p: nn.functional.conv1d(
-        (x * mask[..., None]).mT, torch.ones(HIDDEN, 1, 3), padding=2, groups=HIDDEN
-    )[..., :-2].mT,
+    "convolution": lambda m, x, mask, p: (
+        nn.functional.conv1d(
+            (x * mask[..., None]).mT, torch.ones(HIDDEN, 1, 3), padding=2, groups=HIDDEN
+        )[..., :-2].mT
+    ),
     "distances": lambda m, x, mask, p: (
         (x @ x.mT + (p[:, None] - p[..., None])).tril() @ x * mask[..., None]
     ),
@@ -186,9 +186,7 @@ def test_pieces_equal_the_whole(name: str) -> None:
     expected = whole.run(program_inputs(program, ids, mask))
     cache, found, first = remembering.new_cache(3, 11), [], 0
     for last in (5, 6, 9, 10, 11):
-        piece = program_inputs(
-            remembering.program, ids[:, first:last], mask[:, :last], None, cache
-        )
+        piece = program_inputs(remembering.program, ids[:, first:last], mask[:, :last], None, cache)
         found.append(remembering.run(piece, cache))
         cache.advance(last - first)
         first = last
