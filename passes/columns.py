@@ -31,6 +31,10 @@ def refuse(reason: str) -> RefusalError:
     return RefusalError("The model cannot run on new tokens alone.", point=SUBJECT, reason=reason)
 
 
+def _length_of(node: fx.Node) -> torch.SymInt:
+    return node.meta["val"].shape[node.meta[TOKENS]]
+
+
 class Columns:
     """What the rewrites of one graph share.
 
@@ -47,10 +51,10 @@ class Columns:
         self.caches: dict[str, CacheSpec] = {}
         self.counts = False  # whether new tokens must begin at one column for all sequences
         self.inputs = {node.name: node for node in self.graph.find_nodes(op="placeholder")}
-        self.like = next(
-            self.inputs[name] for name in part.inputs if TOKENS in self.inputs[name].meta
-        )
-        self.length = self.like.meta["val"].shape[self.like.meta[TOKENS]]
+        followed = (self.inputs[name] for name in part.inputs)
+        followed = (node for node in followed if TOKENS in node.meta)
+        self.like = next(node for node in followed if _length_of(node).node.expr.is_Symbol)
+        self.length = _length_of(self.like)
         self._sizes: dict[str, fx.Node] = {}
         self._totals: dict[fx.Node, fx.Node] = {}
 

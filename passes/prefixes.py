@@ -80,9 +80,10 @@ class _Checker:
     def _compare(self, trial: Trial, changing: tuple[bool, ...]) -> _Stable:
         """Compares what the first tokens get with all tokens there and alone."""
         dim = self.sources.placement(trial.result).dim
-        real, every = True, True
         longest = self.sources.program.max_length or math.inf
-        for total, firsts in (case for case in _PREFIXES if case[0] <= longest):
+        cases = [(total, firsts) for total, firsts in _PREFIXES if total <= longest]
+        real = every = bool(cases)
+        for total, firsts in cases:
             for mask in _masks(total):
                 whole = trial.run(mask, total)
                 for first in firsts:
