@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 import networkx as nx
 from torch import fx
 
+from spdcompile.passes.spans import SPANS
 from spdcompile.passes.tokens import TOKENS
 
 
 def narrowest_cut(
-    query: fx.Node, wanted: tuple[fx.Node, ...], size: Callable[[fx.Node], float]
+    queries: Iterable[fx.Node], wanted: tuple[fx.Node, ...], size: Callable[[fx.Node], float]
 ) -> tuple[fx.Node, ...] | None:
     """The values to remember in place of `wanted`; None if nothing is narrower than they are.
 
@@ -21,11 +22,11 @@ def narrowest_cut(
     rotary angles of the new tokens, is not there for the tokens before.
 
     Args:
+        queries: what is computed of new tokens alone.
         wanted: keys and values.
         size: numbers a token of a value; infinite where it cannot be remembered.
     """
-    serves_queries = _sources([query])
-    own = _sources(wanted) - serves_queries
+    own = _sources(wanted) - _sources(queries)
     if not all(node in own for node in wanted):
         return None
     net = nx.DiGraph()
@@ -49,16 +50,20 @@ def narrowest_cut(
 
 
 def _sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes and all calls behind them that make something of tokens."""
+    """The nodes and all calls behind them that make something of new tokens, token by token."""
     found: set[fx.Node] = set()
-    pending = [node for node in nodes if node.op == "call_function"]
+    pending = [node for node in nodes if _is_call(node)]
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending += [arg for arg in _token_inputs(node) if arg.op == "call_function"]
+            pending += [arg for arg in _token_inputs(node) if _is_call(arg)]
     return found
 
 
+def _is_call(node: fx.Node) -> bool:
+    return node.op == "call_function" and SPANS not in node.meta
+
+
 def _token_inputs(node: fx.Node) -> list[fx.Node]:
-    return [arg for arg in node.all_input_nodes if TOKENS in arg.meta]
+    return [arg for arg in node.all_input_nodes if TOKENS in arg.meta or SPANS in arg.meta]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import sympy
 import torch
 from torch import fx
 
@@ -45,6 +46,7 @@ def normalize(program: Program) -> PassResult:
     params = dict(part.params)
     table = (*_REWRITES, partial(fixed_index, constants=program.constants))
     rewrites = sum(_rewrite(node, params, table) for node in list(module.graph.nodes))
+    rewrites += sum(_settle_extreme(node) for node in list(module.graph.nodes))
     _erase_dead(module.graph)
     module.recompile()
     part = replace(part, params=params)
@@ -142,6 +144,26 @@ _REWRITES: tuple[Rewrite, ...] = (
     grouped_mm,
     *(other_name, as_other, given_sizes, padding, overwrite, write_slice, write_index, read_slice),
 )
+
+
+def _settle_extreme(node: fx.Node) -> bool:
+    """max(1 - length, 0) is 0; Inductor, which does not see it, reads past the end of x[that:]."""
+    if node.target not in (torch.sym_max, torch.sym_min):
+        return False
+    sizes = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args]
+    first, second = (size.node.expr if isinstance(size, torch.SymInt) else size for size in sizes)
+    difference = sympy.sympify(first - second)
+    named = {s: sympy.Symbol(s.name, integer=True, positive=True) for s in difference.free_symbols}
+    larger = difference.subs(named)
+    if not (larger.is_nonnegative or larger.is_nonpositive):
+        return False
+    wants_first = bool(larger.is_nonnegative) == (node.target is torch.sym_max)
+    settled = node.args[0 if wants_first else 1]
+    for user in list(node.users):
+        args, kwargs = fx.map_arg((user.args, user.kwargs), lambda a: settled if a is node else a)
+        user.args, user.kwargs = args, kwargs
+    node.graph.erase_node(node)
+    return True
 
 
 def _insert(node: fx.Node, target: Callable[..., object], args: tuple[object, ...]) -> fx.Node:

@@ -103,16 +103,20 @@ class Executor(ABC):
         if last:
             self._keep_last(env, postlude, last)
         self.run_parts(env, [postlude], cache)
-        return env[self.program.output]
+        logits = env[self.program.output]
+        return logits[:, -last:] if last else logits
 
     def _keep_last(self, env: dict[str, Tensor], part: Part, last: int) -> None:
-        """Cuts what a part receives of each token to the last tokens."""
-        for node in self.program.graph_of(part).module.graph.find_nodes(op="placeholder"):
-            if node.name in part.inputs and TOKENS in node.meta:
-                name, dim = part.inputs[node.name], node.meta[TOKENS]
-                tokens = env[name]
-                first = max(tokens.shape[dim] - last, 0)
-                env[name] = tokens.narrow(dim, first, tokens.shape[dim] - first).contiguous()
+        """Cuts what a part receives of each token to the last tokens, if it receives no more."""
+        placeholders = self.program.graph_of(part).module.graph.find_nodes(op="placeholder")
+        given = [node for node in placeholders if node.name in part.inputs]
+        if not all(TOKENS in node.meta for node in given):
+            return
+        for node in given:
+            name, dim = part.inputs[node.name], node.meta[TOKENS]
+            tokens = env[name]
+            first = max(tokens.shape[dim] - last, 0)
+            env[name] = tokens.narrow(dim, first, tokens.shape[dim] - first).contiguous()
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """Empty caches for a program that remembers."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spdcompile.errors import UsageError
 from spdcompile.passes.base import Positions, Program
-from spdcompile.passes.cache import START
+from spdcompile.passes.columns import START
 from spdcompile.runtime.cache import KVCache
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from spdcompile.errors import PlanError
+from spdcompile.errors import PlanError, RefusalError
 from spdcompile.generation import generate
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program
@@ -151,11 +151,17 @@ class CompiledModel:
         """
         return self._remembering.new_cache(batch, max_length)
 
-    @property
+    @cached_property
     def cache_refusal(self) -> str:
         """Why the model has no KV cache; "" if it has one."""
-        refusals = [r.reason for r in self.program.refusals if r.subject == CACHE]
-        return refusals[0] if refusals else ""
+        for refusal in self.program.refusals:
+            if refusal.subject == CACHE:
+                return refusal.reason
+        try:
+            self.remembering_program  # noqa: B018  (made here, or refused)
+        except RefusalError as why:
+            return why.reason
+        return ""
 
     @cached_property
     def _remembering(self) -> Executor:

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 # What generate() passes on and a program has no use for, unless it asks for something.
-_IGNORED = {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "tokenizer"}
+_IGNORED = {
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states", "tokenizer"),
+    *("is_first_iteration", "next_sequence_length"),
+}
 
 
 @cache
@@ -104,6 +107,11 @@ class _Compiled:
                 found=", ".join(unknown),
                 needed="settings of the generation, not of the model",
             )
+        before = 0 if past_key_values is None else past_key_values.longest
+        total = None if attention_mask is None else attention_mask.shape[1]
+        if 0 < before < input_ids.shape[1] == total:  # of a model that knows of no cache
+            input_ids = input_ids[:, before:]
+            position_ids = None if position_ids is None else position_ids[:, before:]
         if self.compiled.program.positions in (None, Positions.FROM_IDS):
             position_ids = None  # the model numbers its tokens itself
         return self.compiled(

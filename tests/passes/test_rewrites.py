@@ -103,6 +103,17 @@ def test_sizes_of_another_value_become_sizes(dynamic: bool) -> None:
     assert run(program, x, y).equal(function(x, y))
 
 
+@pytest.mark.parametrize("largest", [torch.sym_max, torch.sym_min])
+def test_sizes_in_a_known_order_are_settled(largest: Callable[..., Any]) -> None:
+    def function(x: Tensor) -> Tensor:
+        return x.sum(0) * largest(1 - x.shape[0], 0) + largest(x.shape[0], 4)
+
+    x = torch.randn(7, 6)
+    program = normalize(exported(function, x, dynamic=True)).program
+    assert operators_of(program).count(largest) == 1
+    assert run(program, x).equal(function(x))
+
+
 def test_grouped_product_of_blocks_stays() -> None:
     a, b = torch.randn(3, 8, 8).bfloat16(), torch.randn(3, 8, 16).bfloat16()
     program = normalize(exported(F.grouped_mm, a, b)).program

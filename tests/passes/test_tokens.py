@@ -15,7 +15,12 @@ from spdcompile.passes.base import BlockGraph, ParamRef, Part, Program
 from spdcompile.passes.cache import remember
 from spdcompile.passes.normalize import normalize
 from spdcompile.passes.ops import ATTENTION
-from spdcompile.passes.tokens import COLUMNS, SUBJECT, TOKENS, follow_tokens
+from spdcompile.passes.tokens import SUBJECT, TOKENS, follow_tokens
+from spdcompile.runtime.executor import Backend
+from spdcompile.runtime.inputs import program_inputs
+from spdcompile.runtime.local import LocalExecutor
+from tests.compare import rel_err
+from tests.passes.graphs import synced
 
 HIDDEN, VOCAB = 8, 13
 INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -63,6 +68,17 @@ def _attend(x: Tensor, mask: Tensor, *, causal: bool = True) -> Tensor:
     return ATTENTION(heads, heads, heads, mask, None, 0.5, causal, 0, 0.0).flatten(2)
 
 
+def _plain_attention(
+    x: Tensor, mask: Tensor, *, last: int = 0, padding: bool = True, hidden: float = -1e30
+) -> Tensor:
+    """Softmax of scores, written out; a token sees those up to `last` after it."""
+    columns = torch.arange(x.shape[1])
+    seen = columns <= columns[:, None] + last
+    seen = seen & mask.bool()[:, None] if padding else seen[None]
+    scores = x @ x.mT + torch.where(seen, 0.0, hidden)
+    return scores.softmax(-1) @ x
+
+
 def _sorted_and_back(_: Any, x: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
     order = x[..., 0].argsort(1)
     return x.gather(1, order[..., None].expand_as(x))
@@ -71,15 +87,25 @@ def _sorted_and_back(_: Any, x: Tensor, mask: Tensor, positions: Tensor) -> Tens
 MIX: dict[str, Body] = {
     "sum": lambda m, x, mask, p: x + x.sum(1, keepdim=True),
     "mean": lambda m, x, mask, p: x - x.mean(1, keepdim=True),
-    "cumsum": lambda m, x, mask, p: x.cumsum(1),
     "softmax": lambda m, x, mask, p: x.softmax(1),
     "largest": lambda m, x, mask, p: x + x.amax((1, 2), keepdim=True),
     "roll": lambda m, x, mask, p: x.roll(1, 1),
     "flip": lambda m, x, mask, p: x.flip(1),
     "sort": _sorted_and_back,
-    "first token": lambda m, x, mask, p: x + x[:, :1],
     "tokens by tokens": lambda m, x, mask, p: (x @ x.mT) @ x,
-    "lower triangle": lambda m, x, mask, p: (x @ x.mT).tril() @ x,
+    "all scores": lambda m, x, mask, p: (x @ x.mT).softmax(-1) @ x,
+    "padding alone hidden": lambda m, x, mask, p: _plain_attention(x, mask, last=99),
+    "the next token seen": lambda m, x, mask, p: _plain_attention(x, mask, last=1),
+    "a first token that sees none": lambda m, x, mask, p: _plain_attention(x, mask, last=-1),
+    "far later tokens seen": lambda m, x, mask, p: (
+        x @ x.mT * (torch.arange(x.shape[1]) - torch.arange(x.shape[1])[:, None] > 20) @ x
+    ),
+    "hidden a little": lambda m, x, mask, p: _plain_attention(x, mask, hidden=-7.0),
+    "mean so far of all": lambda m, x, mask, p: x.cumsum(1) / x.shape[1],
+    "the last ones": lambda m, x, mask, p: x * (torch.arange(x.shape[1]) > x.shape[1] - 3)[:, None],
+    "padding's mean seen": lambda m, x, mask, p: _plain_attention(
+        _plain_attention(x, mask), mask, padding=False
+    ),
     "other order": lambda m, x, mask, p: x.transpose(0, 1).reshape(x.shape),
     "convolution": lambda m, x, mask, p: (
         nn.functional.conv1d(x.mT, torch.ones(HIDDEN, 1, 3), padding=1, groups=HIDDEN).mT
@@ -91,12 +117,28 @@ MIX: dict[str, Body] = {
         x + torch.arange(x.shape[1] - 1, -1, -1)[:, None]
     ),
     "their number": lambda m, x, mask, p: x * x.shape[1],
-    "the mask itself": lambda m, x, mask, p: x * mask[..., None],
-    "positions counted": lambda m, x, mask, p: x + mask.cumsum(1)[..., None],
     "attention to both sides": lambda m, x, mask, p: _attend(x, mask, causal=False),
     "attention by another mask": lambda m, x, mask, p: _attend(x, p),
     "attention of sequences": lambda m, x, mask, p: _attend(x.transpose(0, 1), mask.T).transpose(
         0, 1
+    ),
+}
+BEFORE: dict[str, Body] = {
+    "cumsum": lambda m, x, mask, p: x.cumsum(1),
+    "first token": lambda m, x, mask, p: x + x[:, :1],
+    "lower triangle": lambda m, x, mask, p: (x @ x.mT).tril() @ x,
+    "the mask itself": lambda m, x, mask, p: x * mask[..., None],
+    "positions counted": lambda m, x, mask, p: x + mask.cumsum(1)[..., None],
+    "scores": lambda m, x, mask, p: _plain_attention(x, mask),
+    "scores of padding too": lambda m, x, mask, p: _plain_attention(x, mask, padding=False),
+    "scores twice": lambda m, x, mask, p: _plain_attention(_plain_attention(x, mask).sin(), mask),
+    "convolution": lambda m, x, mask, p: (
+        nn.functional.conv1d(
+            (x * mask[..., None]).mT, torch.ones(HIDDEN, 1, 3), padding=2, groups=HIDDEN
+        )[..., :-2].mT
+    ),
+    "distances": lambda m, x, mask, p: (
+        (x @ x.mT + (p[:, None] - p[..., None])).tril() @ x * mask[..., None]
     ),
 }
 ALONE: dict[str, Body] = {
@@ -130,13 +172,25 @@ def test_operator_on_each_token_alone_is_followed(name: str) -> None:
     assert logits.meta[TOKENS] == 1
 
 
-def test_numbers_of_the_tokens_are_their_columns() -> None:
-    result = follow_tokens(
-        _program(lambda m, x, mask, p: x * torch.arange(x.shape[1]).cos()[:, None])
-    )
-    assert not result.refusals
-    graph = result.program.graphs["block"].module.graph
-    assert [node.name for node in graph.nodes if COLUMNS in node.meta] == ["arange"]
+@pytest.mark.parametrize("name", [*BEFORE, "numbered"])
+def test_pieces_equal_the_whole(name: str) -> None:
+    body = BEFORE.get(name, lambda m, x, mask, p: x * torch.arange(x.shape[1]).cos()[:, None])
+    program = synced(follow_tokens(_program(body)).program, tp=1)
+    shapes = {ref.fqn: ref.shape for ref in program.parts[0].params.values()}
+    torch.manual_seed(0)
+    tensors = {name: torch.randn(shape) for name, shape in sorted(shapes.items())}
+    whole = LocalExecutor(program, tensors, backend=Backend.EAGER, device=torch.device("cpu"))
+    remembering = whole.with_program(remember(program).program)
+    ids = torch.randint(0, VOCAB, (3, 11))
+    mask = (torch.arange(11) >= torch.tensor([[0], [2], [6]])).long()
+    expected = whole.run(program_inputs(program, ids, mask))
+    cache, found, first = remembering.new_cache(3, 11), [], 0
+    for last in (5, 6, 9, 10, 11):
+        piece = program_inputs(remembering.program, ids[:, first:last], mask[:, :last], None, cache)
+        found.append(remembering.run(piece, cache))
+        cache.advance(last - first)
+        first = last
+    assert rel_err(torch.cat(found, 1), expected, real=mask) < 1e-5
 
 
 def test_program_given_is_left_as_it_is() -> None:
