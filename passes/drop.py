@@ -143,6 +143,8 @@ class _Dropper:
                     reason=str(why),
                 ) from why
             key = "-".join((part.graph, "drop", *sorted(names), *(["pending"] if pending else [])))
+            if key in self.graphs:  # of other inputs that are pending
+                key = "-".join((key, *sorted(pending)))
             self.graphs[key] = _kept(block, rewritten, names)
             self.known[known] = key, rewritten
         return self.known[known]

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from spdcompile.errors import RefusalError
+from spdcompile.passes import drop
 from spdcompile.passes.base import Program
 from spdcompile.passes.drop import Drop, refusal_of
 from spdcompile.passes.ops import SYNC
 from spdcompile.passes.placement import RULES
 from spdcompile.passes.placement.types import R
+from spdcompile.passes.residual import Rewritten
 from spdcompile.plan import Router
 from tests.compare import rel_err
 from tests.passes.graphs import (
@@ -268,3 +270,15 @@ def test_split_weight_reads_the_sum() -> None:
     (first, _) = calls(lowered, SYNC)
     assert [reader.target for reader in first.users] == [aten.linear.default]
     assert rel_err(run(lowered, data), run_whole(program, data)) < BOUND
+
+
+def test_block_that_is_given_other_pending_values_has_another_graph(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drop, "rewrite_with_dropped", lambda *_: Rewritten(fx.Graph(), (), {}, {}))
+    program = synced(_two_in_a_row())
+    dropper = drop._Dropper(program, Router.EXACT)
+    given = [frozenset({"x"}), frozenset({"y"}), frozenset({"x", "y"}), frozenset({"x"})]
+    keys = [dropper._variant(program.parts[0], frozenset(), pending)[0] for pending in given]
+    assert keys[0] == keys[3]
+    assert len(set(keys)) == 3 == len(dropper.graphs.keys() & set(keys))
