@@ -248,7 +248,9 @@ class Watch:
         with self._saying, suppress(OSError):
             if fault.by == self.rank and not self._said:
                 self._said = True
-                print(f"spdcompile: {error or self.error(fault)}", file=sys.stderr, flush=True)
+                # Another thread may have redirected sys.stderr for the moment.
+                out = sys.__stderr__ or sys.stderr
+                print(f"spdcompile: {error or self.error(fault)}", file=out, flush=True)
 
     def say_of_all(self, error: BaseException) -> None:
         """Prints an error that every rank raises, on one of them."""

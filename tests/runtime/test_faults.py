@@ -79,8 +79,8 @@ def test_fault_of_a_rank_ends_all_with_one_message(fault: str, tmp_path: Path) -
     with started(fault, tmp_path) as launch:
         ended = launch.wait(START_S)
         check_clean(launch, ended, tmp_path)
-    (message,) = ended.messages
-    assert message.startswith(FAULTS[fault].message), ended.output
+    assert len(ended.messages) == 1, ended.output
+    assert ended.messages[0].startswith(FAULTS[fault].message), ended.output
     assert FAULTS[fault].further in ended.output
 
 
