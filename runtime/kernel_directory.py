@@ -35,7 +35,7 @@ class WorkDirectory:
     def __init__(self, root: Path) -> None:
         self.root, self.kept = root, make_private(root / "kept")
         work = make_private(root / "work")
-        with locked(work, fcntl.LOCK_EX):
+        with locked(work):
             _remove_left(work)
             self.path = Path(tempfile.mkdtemp(dir=work))
             self._lock = _lock_of(self.path).open("w")  # held as long as this process lives
@@ -139,10 +139,10 @@ def make_private(directory: Path) -> Path:
 
 
 @contextmanager
-def locked(directory: Path, how: int) -> Iterator[None]:
-    """Holds the lock of a directory: fcntl.LOCK_SH or LOCK_EX."""
+def locked(directory: Path) -> Iterator[None]:
+    """Alone of all processes that ask for this directory."""
     with _lock_of(directory).open("w") as file:
-        fcntl.flock(file, how)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -169,5 +169,5 @@ def _remove_unused(kept: Path) -> None:
     for manifest in kept.glob(f"*/{MANIFEST}"):
         with suppress(OSError):
             if time.time() - manifest.stat().st_mtime > _UNUSED_S:
-                with locked(manifest.parent, fcntl.LOCK_EX):
+                with locked(manifest.parent):
                     shutil.rmtree(manifest.parent, ignore_errors=True)

@@ -13,7 +13,6 @@ Inductor's own names are digests of what it compiles, inputs included.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -85,11 +84,9 @@ class Kernels:
         program = _digest(*_texts(self._program))[:32]
         kept = work.kept / f"{program}-{_digest(json.dumps(made_by))[:32]}"
         try:
-            with locked(kept, fcntl.LOCK_EX):
+            with locked(kept):
                 manifest = _manifest_of(kept)
                 contents = _verified(kept, manifest, made_by)
-                for file, content in contents.items():
-                    work.add(file, content)
             if manifest["vector_instructions_work"] is True:
                 skip_probing_vector_instructions()
         except FileNotFoundError:
@@ -97,12 +94,16 @@ class Kernels:
         except _DAMAGES as error:
             _LOG.warning("Compiled anew, since kept kernels are damaged: %s", error)
             shutil.rmtree(kept, ignore_errors=True)
+        else:
+            with suppress(OSError):  # a full disk: then some are compiled again
+                for file, content in contents.items():
+                    work.add(file, content)
         return kept
 
     def _keep(self, work: WorkDirectory, kept: Path) -> None:
         """Keeps the files that are new in the work directory."""
         made_by = conditions(self._device)
-        with locked(kept, fcntl.LOCK_EX):
+        with locked(kept):
             make_private(kept)
             try:
                 files = dict(_manifest_of(kept)["files"])
