@@ -151,7 +151,8 @@ class Evaluator:
             values = self.plain_values(number, parts)
             executor.run_parts(values, parts)
             logits = values[executor.program.output]
-            sums += _compared(logits, self._plain_logits(number) if points else logits, tokens)
+            plain = self._plain_logits(number) if points else logits
+            sums += compared(logits, plain, tokens).sum(0)
             self.count(len(parts) - 1)
         loss, kl, equal = (sums / sum(tokens[:, 1:].numel() for tokens in self.batches)).tolist()
         return Quality(math.exp(loss), kl, equal)
@@ -182,21 +183,21 @@ def _placeholders(block: BlockGraph) -> list[str]:
     return [node.name for node in block.module.graph.find_nodes(op="placeholder")]
 
 
-def _compared(logits: Tensor, plain: Tensor, tokens: Tensor) -> Tensor:
-    """Sums over the positions with a next token: loss, KL(plain || logits), equal argmax.
+def compared(logits: Tensor, plain: Tensor, tokens: Tensor) -> Tensor:
+    """Sums over each chunk's positions with a next token: loss, KL(plain || logits), equal argmax.
 
     Args:
         logits, plain: [B, S, V].
         tokens: int64 [B, S].
 
-    Returns: float64 [3].
+    Returns: float64 [B, 3].
     """
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(len(tokens), 3, dtype=torch.float64)
     # Chunk by chunk: in float32 the log-probabilities of a batch are many times the hidden states.
-    for row, plain_row, targets in zip(logits, plain, tokens, strict=True):
+    for number, (row, plain_row, targets) in enumerate(zip(logits, plain, tokens, strict=True)):
         own, other = (x[:-1].float().log_softmax(-1) for x in (row, plain_row))
         loss = F.nll_loss(own, targets[1:].to(own.device), reduction="sum")
         kl = F.kl_div(own, other, reduction="sum", log_target=True)
         equal = (own.argmax(-1) == other.argmax(-1)).sum()
-        sums += torch.stack([loss.double(), kl.double(), equal.double()]).cpu()
+        sums[number] = torch.stack([loss.double(), kl.double(), equal.double()]).cpu()
     return sums

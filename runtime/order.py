@@ -1,0 +1,145 @@
+"""In which order sync points are best dropped: a nested sequence of sets, cheapest first.
+
+Greedy on the measured joint cost: from a set that is dropped already, the point is added with which
+the cost is least. Lazily: a cost that was measured with fewer points dropped stands for the
+present one until its point is the next in line, and only then is it measured anew. That gives what
+measuring all of them each time gives, as long as a point costs no less when more is dropped beside
+it; where that fails, a point may come later than it would have.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from spdcompile.errors import RefusalError
+from spdcompile.passes.drop import PointName
+from spdcompile.runtime.calibrate import Method
+from spdcompile.runtime.evaluate import Evaluator
+from spdcompile.runtime.first_order import FirstOrder
+
+Cost = Callable[[frozenset[PointName]], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A sync point's place in the order.
+
+    Args:
+        alone: what it costs by itself, as it was known before the order.
+        joint: what it costs together with all points before it.
+        score: the largest `joint` up to here, so that scores never fall along the order.
+    """
+
+    point: PointName
+    alone: float
+    joint: float
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A nested sequence of sets of sync points: each set is a prefix of the steps.
+
+    Args:
+        refused: points that cannot be dropped together with those before, and why.
+        evaluations: how many sets were measured.
+    """
+
+    steps: tuple[Step, ...]
+    refused: Mapping[PointName, str]
+    evaluations: int
+
+    def prefix(self, count: int) -> frozenset[PointName]:
+        """The first `count` points."""
+        return frozenset(step.point for step in self.steps[:count])
+
+
+def greedy_order(
+    cost: Cost,
+    alone: Mapping[PointName, float],
+    *,
+    advance: Callable[[PointName], object] = lambda point: None,
+) -> Order:
+    """The points in the order in which adding the next one costs least.
+
+    Args:
+        cost: of a set of points, 0 for none; raises RefusalError for one that cannot be dropped.
+        alone: a first guess of what each point costs by itself; points that cost the same keep
+            the order that they have here.
+        advance: told each point that was put in its place.
+    """
+    places = list(alone)
+    queue = [(guess, place, -1) for place, guess in enumerate(alone.values())]
+    heapq.heapify(queue)
+    steps: list[Step] = []
+    refused: dict[PointName, str] = {}
+    chosen: frozenset[PointName] = frozenset()
+    present, score, evaluations = 0.0, 0.0, 0
+    while queue:
+        added, place, known_at = heapq.heappop(queue)
+        point = places[place]
+        if known_at < len(steps):
+            try:
+                evaluations += 1
+                added = cost(chosen | {point}) - present
+            except RefusalError as why:
+                refused[point] = why.reason
+            else:
+                heapq.heappush(queue, (added, place, len(steps)))
+            continue
+        chosen, present = chosen | {point}, present + added
+        score = max(score, present)
+        steps.append(Step(point, alone[point], present, score))
+        advance(point)
+    return Order(tuple(steps), refused, evaluations)
+
+
+def order_points(
+    evaluator: Evaluator,
+    points: Sequence[PointName],
+    *,
+    first: Method = Method.FIRST_ORDER,
+    progress: bool = True,
+) -> Order:
+    """The greedy order by the KL divergence to the undropped program.
+
+    Args:
+        points: each can be dropped by itself.
+        first: how it is found what a point costs by itself: leave-one-out or first-order.
+    """
+    with tqdm(total=len(points), desc="order", unit="point", disable=not progress) as bar:
+        alone = _alone(evaluator, points, first)
+        return greedy_order(
+            lambda dropped: _kl(evaluator, dropped), alone, advance=lambda point: bar.update()
+        )
+
+
+def _kl(evaluator: Evaluator, points: frozenset[PointName]) -> float:
+    kl = evaluator.quality(points).kl
+    assert kl is not None, "an evaluation measures it"
+    return kl
+
+
+def _alone(
+    evaluator: Evaluator, points: Sequence[PointName], first: Method
+) -> dict[PointName, float]:
+    if first is Method.FIRST_ORDER:
+        try:
+            return dict(zip(points, _estimated(evaluator, points), strict=True))
+        except RefusalError:
+            pass  # a router that reads another value has no gate; each point is measured instead
+    return {point: _kl(evaluator, frozenset({point})) for point in points}
+
+
+def _estimated(evaluator: Evaluator, points: Sequence[PointName]) -> list[float]:
+    """To second order, from one backward pass; kept in the record as one result."""
+    name = "second-order KL of " + ",".join(f"{layer}.{point}" for layer, point in points)
+    found = evaluator.record.get(name)
+    if found is None:
+        found = [change.kl for change in FirstOrder(evaluator, points).run()]
+        evaluator.record.put(name, found)
+    return found
