@@ -67,8 +67,15 @@ class Trials(Protocol):
     def made(self) -> tuple[Attempt, ...]:
         """What was tried so far, in order."""
 
-    def attempt(self, count: int, rung: Rung, *, full: bool = False) -> Attempt:
-        """Drops the first `count` points; one that was tried before is not tried again."""
+    def attempt(
+        self, count: int, rung: Rung, *, full: bool = False, grouped_from: int = 0
+    ) -> Attempt:
+        """Drops the first `count` points; what was tried before is not tried again.
+
+        Args:
+            full: whether to distil in full.
+            grouped_from: head groups are for layers whose attention points are from here on.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +145,12 @@ def choose_by_loss(trials: Trials, count: int, budget: Budget, effort: Effort) -
     sensitive = best.count
     # The rung is asked for what distillation alone could not mend, one point after the other.
     while Rung.GROUP in effort.rungs and best.count < count:
-        longer = search.extend(best, Rung.GROUP, best.count + 1)
+        longer = search.extend(best, Rung.GROUP, best.count + 1, grouped_from=sensitive)
         if longer is best:
             break
         best = longer
     why = "all points are dropped" if best.count == count else search.why(best.count)
-    return Choice(best, in_sensitive, sensitive, why)
+    return Choice(search.finish(best), in_sensitive, sensitive, why)
 
 
 class _Search:
@@ -153,15 +160,17 @@ class _Search:
         self.trials, self.budget, self.effort = trials, budget, effort
         self.gain = 1 / effort.reach  # what a full distillation leaves of a short one's loss
         self.runs_left = effort.full_runs
+        self.grouped_from = 0
 
-    def extend(self, best: Attempt, rung: Rung, most: int) -> Attempt:
+    def extend(self, best: Attempt, rung: Rung, most: int, *, grouped_from: int = 0) -> Attempt:
         """The longest prefix beyond `best` within the budget at a rung; else `best` itself."""
+        self.grouped_from = grouped_from
         beyond = most
         while best.count < beyond:
             count = longest(lambda k: self._promises(k, rung, best.count), best.count, beyond)
             if count == best.count:
                 break
-            attempt = self.trials.attempt(count, rung)
+            attempt = self.trials.attempt(count, rung, grouped_from=grouped_from)
             if self.runs_left:
                 self.runs_left -= 1
                 attempt = self._in_full(attempt)
@@ -175,6 +184,12 @@ class _Search:
             else:
                 beyond = count - 1
         return best
+
+    def finish(self, best: Attempt) -> Attempt:
+        """What is taken is distilled in full, if it is distilled at all."""
+        if best.rung is Rung.ZERO_SHOT or best.full:
+            return best
+        return self._in_full(best)
 
     def why(self, count: int) -> str:
         """What ended the search."""
@@ -192,28 +207,27 @@ class _Search:
     def _promises(self, count: int, rung: Rung, reached: int) -> bool:
         if count <= reached:
             return True
-        attempt = self.trials.attempt(count, rung)
+        attempt = self.trials.attempt(count, rung, grouped_from=self.grouped_from)
         return not attempt.refused and self.budget.allows(attempt.increase * self.gain)
 
     def _in_full(self, short: Attempt) -> Attempt:
         """Distils in full, and learns what that is worth; the better one of both."""
-        full = self.trials.attempt(short.count, short.rung, full=True)
+        full = self.trials.attempt(
+            short.count, short.rung, full=True, grouped_from=self.grouped_from
+        )
         if short.increase > 0 and full.increase > 0:
             self.gain = min(1.0, full.increase / short.increase)
         return min(full, short, key=lambda attempt: attempt.increase)
 
 
-def choose_by_saving(
-    trials: Trials, count: int, order_length: int, budget: Budget, effort: Effort
-) -> Choice:
+def choose_by_saving(trials: Trials, count: int, budget: Budget, effort: Effort) -> Choice:
     """The cheapest recovery for a prefix that is given, of those that are really better.
 
     Args:
         count: how many points are to go.
-        order_length: how many there are.
     """
     best = trials.attempt(count, Rung.ZERO_SHOT)
-    why = "the cheapest recovery that is best on held-out text"
+    why = "no dearer recovery is better on held-out text by more than its standard error"
     for rung in (Rung.DISTIL, Rung.GROUP):
         if not count or rung not in effort.rungs:
             continue
@@ -226,18 +240,18 @@ def choose_by_saving(
         if not short.refused and is_better(short.held_out, other.held_out):
             full = trials.attempt(count, rung, full=True)
             best = min(full, short, key=lambda attempt: attempt.increase)
-    implied = Budget(max_loss=max(best.increase, 0.0))
-    in_sensitive = count
-    if best.rung is not Rung.ZERO_SHOT:
-        in_sensitive = longest(
-            lambda k: implied.allows(trials.attempt(k, Rung.ZERO_SHOT).increase), 0, count
-        )
-        in_sensitive = min(in_sensitive, count - 1)
-    sensitive = count
-    if best.rung is Rung.GROUP:
-        sensitive = longest(
-            lambda k: k <= in_sensitive or implied.allows(trials.attempt(k, Rung.DISTIL).increase),
-            in_sensitive,
-            count - 1,
-        )
+    in_sensitive = _need_nothing(trials, best, budget)
+    sensitive = in_sensitive if best.rung is Rung.GROUP else count
     return Choice(best, in_sensitive, sensitive, why)
+
+
+def _need_nothing(trials: Trials, best: Attempt, budget: Budget) -> int:
+    """How many points cost zero-shot no more than is allowed, or than the plan costs in the end."""
+    if best.rung is Rung.ZERO_SHOT:
+        return best.count
+    allowed = budget if budget.max_loss is not None else Budget(max_loss=max(best.increase, 0.0))
+    return longest(
+        lambda count: allowed.allows(trials.attempt(count, Rung.ZERO_SHOT).increase),
+        0,
+        best.count - 1,
+    )
