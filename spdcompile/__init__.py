@@ -31,6 +31,12 @@ _HOMES = {
     "DistillSettings": "calibration",
     "StudentInput": "calibration",
     "chunks_of": "calibration",
+    "tune": "tuning",
+    "TuneSettings": "tuning",
+    "Budget": "budget",
+    "Tuned": "tuned",
+    "PointClass": "tuned",
+    "Latencies": "latency",
     "SpdCompileError": "errors",
 }
 

@@ -34,7 +34,8 @@ class Attempt:
         held_out: what came out, on held-out text.
         increase: perplexity added, as a share of the undropped program's.
         seconds: what it took; 0 if an earlier run had found it.
-        refused: why it could not be done; then it has the figures of the rung below.
+        refused: why it could not be done; then it has the figures of the zero-shot drop.
+        layers: those whose heads were grouped.
     """
 
     count: int
@@ -44,6 +45,7 @@ class Attempt:
     increase: float
     seconds: float = 0.0
     refused: str = ""
+    layers: frozenset[int] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data."""
@@ -167,7 +169,7 @@ class _Search:
         self.grouped_from = grouped_from
         beyond = most
         while best.count < beyond:
-            count = longest(lambda k: self._promises(k, rung, best.count), best.count, beyond)
+            count = self._most_promising(rung, best.count, beyond)
             if count == best.count:
                 break
             attempt = self.trials.attempt(count, rung, grouped_from=grouped_from)
@@ -204,11 +206,16 @@ class _Search:
             f"({last.rung.value}{'' if last.full or last.rung is Rung.ZERO_SHOT else ', short'})"
         )
 
-    def _promises(self, count: int, rung: Rung, reached: int) -> bool:
-        if count <= reached:
-            return True
-        attempt = self.trials.attempt(count, rung, grouped_from=self.grouped_from)
-        return not attempt.refused and self.budget.allows(attempt.increase * self.gain)
+    def _most_promising(self, rung: Rung, reached: int, most: int) -> int:
+        """The longest prefix up to `most` that is expected to get within the budget."""
+
+        def promises(count: int) -> bool:
+            if count <= reached:
+                return True
+            attempt = self.trials.attempt(count, rung, grouped_from=self.grouped_from)
+            return not attempt.refused and self.budget.allows(attempt.increase * self.gain)
+
+        return longest(promises, reached, most)
 
     def _in_full(self, short: Attempt) -> Attempt:
         """Distils in full, and learns what that is worth; the better one of both."""
