@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spdcompile import __version__, log
-from spdcompile.cli import calibrate, export_hf, generate, group_heads, trace_and_report
+from spdcompile.cli import calibrate, export_hf, generate, group_heads, trace_and_report, tune
 from spdcompile.errors import SpdCompileError
 
 OK, FAILED, USER_MISTAKE = 0, 1, 2
@@ -57,6 +57,12 @@ COMMANDS = (
         group_heads.run,
     ),
     Command(
+        "tune",
+        "choose what to drop and how to recover, to a budget, and write plan and weights",
+        tune.add_arguments,
+        tune.run,
+    ),
+    Command(
         "export-hf",
         "write an ordinary Hugging Face checkpoint, and the plan that its weights are for",
         export_hf.add_arguments,
@@ -71,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; default those of the process.
 
-    Returns: 0; 1 if the model cannot be compiled; 2 if the user asked for what cannot be had.
+    Returns: 0; 1 if the model cannot be compiled, or a budget not be met; 2 if the user asked for
+        what cannot be had.
     """
     arguments = _parser().parse_args(argv)
     try:
