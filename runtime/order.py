@@ -102,14 +102,16 @@ def order_points(
     evaluator: Evaluator,
     points: Sequence[PointName],
     *,
-    first: Method = Method.FIRST_ORDER,
+    first: Method = Method.ALONE,
     progress: bool = True,
 ) -> Order:
     """The greedy order by the KL divergence to the undropped program.
 
     Args:
         points: each can be dropped by itself.
-        first: how it is found what a point costs by itself: leave-one-out or first-order.
+        first: how it is found what a point costs by itself. Leave-one-out measures it; first-order
+            estimates it from one backward pass, and a point whose cost is overestimated comes
+            later than it should.
     """
     with tqdm(total=len(points), desc="order", unit="point", disable=not progress) as bar:
         alone = _alone(evaluator, points, first)

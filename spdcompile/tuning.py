@@ -53,7 +53,8 @@ class TuneSettings:
         search: how candidates are distilled; by default the same with a fifth of the steps.
         effort: how many candidates are distilled in full, and which recoveries may be used.
         order_chunks: on how many calibration chunks the order is measured.
-        first: how it is found what each point costs by itself.
+        first: how it is found what each point costs by itself: leave-one-out, or first-order, which
+            is an estimate that may put a point too late.
         group_chunks: on how many chunks heads are grouped.
         latencies: a table; None measures on this machine, if the budget asks for latency.
         latency_tokens: of the step that is measured.
@@ -67,7 +68,7 @@ class TuneSettings:
     search: DistillSettings | None = None
     effort: Effort = field(default_factory=Effort)
     order_chunks: int = 32
-    first: Method = Method.FIRST_ORDER
+    first: Method = Method.ALONE
     group_chunks: int = 32
     latencies: Latencies | None = None
     latency_tokens: int = 64
