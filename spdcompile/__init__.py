@@ -32,7 +32,7 @@ _HOMES = {
     "StudentInput": "calibration",
     "chunks_of": "calibration",
     "tune": "tuning",
-    "TuneSettings": "tuning",
+    "TuneSettings": "tune_settings",
     "Budget": "budget",
     "Tuned": "tuned",
     "PointClass": "tuned",

@@ -24,8 +24,8 @@ from spdcompile.plan import PLAN_FILE
 from spdcompile.runtime.calibrate import Points
 from spdcompile.runtime.distill import DistillSettings
 from spdcompile.runtime.evaluate import Quality
+from spdcompile.tune_settings import TuneSettings
 from spdcompile.tuned import Tuned
-from spdcompile.tuning import TuneSettings
 
 _HEADERS = ["point", "score", "alone", "class", "tried: perplexity (points dropped)", "outcome"]
 

@@ -1,0 +1,50 @@
+"""How tuning runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from spdcompile.ladder import Effort
+from spdcompile.latency import Latencies
+from spdcompile.runtime.calibrate import Method
+from spdcompile.runtime.distill import DistillSettings
+
+
+@dataclass(frozen=True, slots=True)
+class TuneSettings:
+    """How tuning runs.
+
+    Args:
+        distill: how what is taken is distilled.
+        search: how candidates are distilled; by default the same with a fifth of the steps.
+        effort: how many candidates are distilled in full, and which recoveries may be used.
+        order_chunks: on how many calibration chunks the order is measured.
+        first: how it is found what each point costs by itself: leave-one-out, or first-order, which
+            is an estimate that may put a point too late.
+        group_chunks: on how many chunks heads are grouped.
+        latencies: a table; None measures on this machine, if the budget asks for latency.
+        latency_tokens: of the step that is measured.
+        batch_size: chunks at a time, where nothing is trained.
+        memory_bytes, scratch: as in `CalibrateSettings`.
+        resume: directory that keeps what is measured, and new weights, so that a run that was
+            killed goes on.
+    """
+
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    search: DistillSettings | None = None
+    effort: Effort = field(default_factory=Effort)
+    order_chunks: int = 32
+    first: Method = Method.ALONE
+    group_chunks: int = 32
+    latencies: Latencies | None = None
+    latency_tokens: int = 64
+    batch_size: int = 8
+    memory_bytes: int | None = 2**30
+    scratch: str | Path | None = None
+    resume: str | Path | None = None
+
+    @property
+    def short(self) -> DistillSettings:
+        """How candidates are distilled."""
+        return self.search or replace(self.distill, steps=max(1, self.distill.steps // 5))
