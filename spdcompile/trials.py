@@ -6,6 +6,7 @@ What is measured goes to a record, and new weights beside it, so that a run that
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from spdcompile.ladder import Attempt, Rung
 from spdcompile.models import ModelSource
 from spdcompile.passes.drop import PointName
 from spdcompile.plan import HeadGroups, Plan
-from spdcompile.runtime.distill import DistillSettings
+from spdcompile.runtime.distill_settings import DistillSettings
 from spdcompile.runtime.order import Order
 from spdcompile.runtime.record import Record
 from spdcompile.runtime.validation import HeldOut, Validation
@@ -163,12 +164,14 @@ class RecordedTrials:
 
     def _distilled(self, count: int, full: bool, layers: frozenset[int]) -> Recovered:
         bench, base = self.bench, self._base(layers)
+        settings = bench.full if full else bench.short
+        aside = None if self._directory is None else self._directory / f"{self._key}-unfinished"
         found = distill(
             base,
             bench.train,
             tp=base.plan.tp,
             spd_mask=_plan(base, bench.order.prefix(count)),
-            settings=bench.full if full else bench.short,
+            settings=settings if aside is None else replace(settings, resume=aside),
             progress=bench.progress,
         )
         # What is measured is what will be stored: rounding new weights is part of their cost.
@@ -229,6 +232,8 @@ class RecordedTrials:
             raise SaveError(
                 "The new weights cannot be written.", where=str(path), found=str(error)
             ) from error
+        # It is whole now: the parts of it that distillation kept are not needed any more.
+        shutil.rmtree(self._directory / f"{self._key}-unfinished", ignore_errors=True)
 
     def _stored(self, name: str, layers: frozenset[int]) -> Recovered | None:
         if self._directory is None or not self._file(name).exists():

@@ -8,7 +8,10 @@ from pathlib import Path
 from spdcompile.ladder import Effort
 from spdcompile.latency import Latencies
 from spdcompile.runtime.calibrate import Method
-from spdcompile.runtime.distill import DistillSettings
+from spdcompile.runtime.distill_settings import DistillSettings
+
+_SHORTER = 5
+"""Candidates of the search get this part of the steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,4 +50,12 @@ class TuneSettings:
     @property
     def short(self) -> DistillSettings:
         """How candidates are distilled."""
-        return self.search or replace(self.distill, steps=max(1, self.distill.steps // 5))
+        if self.search is not None:
+            return self.search
+        full = self.distill
+        return replace(
+            full,
+            steps=None if full.steps is None else max(1, full.steps // _SHORTER),
+            epochs=full.epochs / _SHORTER,
+            logit_steps=full.logit_steps // _SHORTER,
+        )

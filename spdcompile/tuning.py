@@ -28,6 +28,7 @@ from spdcompile.plan import Plan
 from spdcompile.planning import structure_of
 from spdcompile.runtime.calibrate import Points, droppable
 from spdcompile.runtime.data import check_tokens
+from spdcompile.runtime.distill_settings import DistillSettings
 from spdcompile.runtime.evaluate import Evaluator
 from spdcompile.runtime.hidden import HiddenStates, hidden_states
 from spdcompile.runtime.order import Order, order_points
@@ -199,7 +200,7 @@ class _Tuning:
             self.progress,
         )
         keyed = {
-            "tune": [repr(settings.short), repr(settings.distill), settings.group_chunks],
+            "tune": [_facts(settings.short), _facts(settings.distill), settings.group_chunks],
             "validation": hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest(),
             "router": self.compiled.plan.router.value,
             "batch_size": settings.batch_size,
@@ -210,6 +211,11 @@ class _Tuning:
 
     def _plan(self, count: int) -> Plan:
         return replace(self.compiled.plan, dropped=self.order.prefix(count))
+
+
+def _facts(settings: DistillSettings) -> str:
+    """What the result of a distillation depends on."""
+    return repr(replace(settings, memory_bytes=None, scratch=None, resume=None))
 
 
 def _telling(progress: bool) -> Callable[[Attempt], object]:

@@ -22,7 +22,7 @@ from spdcompile.latency import Latencies
 from spdcompile.models import resolve_model
 from spdcompile.plan import PLAN_FILE
 from spdcompile.runtime.calibrate import Points
-from spdcompile.runtime.distill import DistillSettings
+from spdcompile.runtime.distill_settings import DistillSettings
 from spdcompile.runtime.evaluate import Quality
 from spdcompile.tune_settings import TuneSettings
 from spdcompile.tuned import Tuned

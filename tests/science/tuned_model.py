@@ -17,8 +17,8 @@ from tests.models import tiny
 
 TP, LAYERS = 2, 3
 SETTINGS = TuneSettings(
-    distill=DistillSettings(steps=16, batch_size=4, learning_rate=3e-3),
-    search=DistillSettings(steps=4, batch_size=4, learning_rate=3e-3),
+    distill=DistillSettings(steps=12, batch_size=4),
+    search=DistillSettings(steps=4, batch_size=4),
     order_chunks=4,
     batch_size=4,
     effort=Effort(full_runs=2, rungs=(Rung.ZERO_SHOT, Rung.DISTIL)),
