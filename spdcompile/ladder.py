@@ -36,6 +36,7 @@ class Attempt:
         seconds: what it took; 0 if an earlier run had found it.
         refused: why it could not be done; then it has the figures of the zero-shot drop.
         layers: those whose heads were grouped.
+        order: which order the points are the first of.
     """
 
     count: int
@@ -46,10 +47,12 @@ class Attempt:
     seconds: float = 0.0
     refused: str = ""
     layers: frozenset[int] = frozenset()
+    order: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data."""
         return {
+            "order": self.order,
             "dropped": self.count,
             "recovery": self.rung.value,
             "full": self.full,

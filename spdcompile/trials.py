@@ -41,7 +41,6 @@ class Bench:
     Args:
         source: the model itself, for head groups of its own.
         compiled: it with nothing dropped.
-        order: the points, in the order in which they are dropped.
         train: chunks to distil and to group heads on, int64 [chunks, length].
         group_chunks: how many of them heads are grouped on.
         validation: measures on held-out chunks.
@@ -52,7 +51,6 @@ class Bench:
 
     source: ModelSource
     compiled: CompiledModel
-    order: Order
     train: Tensor
     group_chunks: int
     validation: Validation
@@ -78,6 +76,7 @@ class RecordedTrials:
     """Makes each attempt once.
 
     Args:
+        order: the points, in the order in which they are dropped.
         record: keeps the figures and head groups.
         directory: keeps new weights, until the end; None keeps them in memory.
         key: tells the files with these weights from those of other runs there.
@@ -87,12 +86,14 @@ class RecordedTrials:
     def __init__(
         self,
         bench: Bench,
+        order: Order,
         record: Record,
         directory: str | Path | None = None,
         key: str = "",
         told: Callable[[Attempt], object] = lambda attempt: None,
     ) -> None:
-        self.bench, self._record, self._told = bench, record, told
+        self.bench, self.order = bench, order
+        self._record, self._told = record, told
         self._directory = None if directory is None else Path(directory)
         self._key = key[:16]
         self._made: dict[str, Attempt] = {}
@@ -116,7 +117,7 @@ class RecordedTrials:
         """Drops the first `count` points and recovers from it; see `ladder.Trials`."""
         layers = self._layers(count, grouped_from) if rung is Rung.GROUP else frozenset()
         full = full and rung is not Rung.ZERO_SHOT
-        name = _name(self.bench.order.prefix(count), rung, full, layers)
+        name = _name(self.order.prefix(count), rung, full, layers)
         if name not in self._made:
             began, known = time.perf_counter(), self._record.get(name) is not None
             try:
@@ -129,14 +130,15 @@ class RecordedTrials:
                 refused = f"{why.summary} {why.reason}".rstrip(".")
             seconds = 0.0 if known else time.perf_counter() - began
             increase = held_out.increase(self._undropped)
-            made = Attempt(count, rung, full, held_out, increase, seconds, refused, layers)
+            order = self.order.spread.value
+            made = Attempt(count, rung, full, held_out, increase, seconds, refused, layers, order)
             self._made[name] = made
             self._told(made)
         return self._made[name]
 
     def recovered(self, attempt: Attempt) -> Recovered:
         """The weights of an attempt, made anew if they are gone; those of all others are let go."""
-        points = self.bench.order.prefix(attempt.count)
+        points = self.order.prefix(attempt.count)
         name = _name(points, attempt.rung, attempt.full, attempt.layers)
         if attempt.rung is not Rung.ZERO_SHOT and name not in self._results:
             self._results[name] = self._stored(name, attempt.layers) or self._distilled(
@@ -154,10 +156,10 @@ class RecordedTrials:
 
     def _program(self, count: int, rung: Rung, full: bool, layers: frozenset[int]) -> CompiledModel:
         base = self._base(layers)
-        dropped = base.with_mask(_plan(base, self.bench.order.prefix(count)))
+        dropped = base.with_mask(_plan(base, self.order.prefix(count)))
         if rung is Rung.ZERO_SHOT:
             return dropped
-        name = _name(self.bench.order.prefix(count), rung, full, layers)
+        name = _name(self.order.prefix(count), rung, full, layers)
         recovered = self._distilled(count, full, layers)
         self._keep(name, recovered)
         return dropped.with_weights(self._loaded(recovered.tensors))
@@ -170,7 +172,7 @@ class RecordedTrials:
             base,
             bench.train,
             tp=base.plan.tp,
-            spd_mask=_plan(base, bench.order.prefix(count)),
+            spd_mask=_plan(base, self.order.prefix(count)),
             settings=settings if aside is None else replace(settings, resume=aside),
             progress=bench.progress,
         )
@@ -212,7 +214,7 @@ class RecordedTrials:
 
     def _layers(self, count: int, grouped_from: int) -> frozenset[int]:
         """Layers whose attention points are dropped from a place of the order on."""
-        steps = self.bench.order.steps[grouped_from:count]
+        steps = self.order.steps[grouped_from:count]
         return frozenset(step.point[0] for step in steps if step.point[1] == _ATTENTION)
 
     def _loaded(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

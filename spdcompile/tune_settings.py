@@ -9,6 +9,7 @@ from spdcompile.ladder import Effort
 from spdcompile.latency import Latencies
 from spdcompile.runtime.calibrate import Method
 from spdcompile.runtime.distill_settings import DistillSettings
+from spdcompile.runtime.order import Spread
 
 _SHORTER = 5
 """Candidates of the search get this part of the steps."""
@@ -25,6 +26,7 @@ class TuneSettings:
         order_chunks: on how many calibration chunks the order is measured.
         first: how it is found what each point costs by itself: leave-one-out, or first-order, which
             is an estimate that may put a point too late.
+        spreads: the orders to choose from, by how the points that stay lie among the others.
         group_chunks: on how many chunks heads are grouped.
         latencies: a table; None measures on this machine, if the budget asks for latency.
         latency_tokens: of the step that is measured.
@@ -39,6 +41,7 @@ class TuneSettings:
     effort: Effort = field(default_factory=Effort)
     order_chunks: int = 32
     first: Method = Method.ALONE
+    spreads: tuple[Spread, ...] = tuple(Spread)
     group_chunks: int = 32
     latencies: Latencies | None = None
     latency_tokens: int = 64

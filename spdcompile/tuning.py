@@ -18,9 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spdcompile.budget import Budget
+from spdcompile.choosing import choose
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import RefusalError, UsageError
-from spdcompile.ladder import Attempt, Rung, choose_by_loss, choose_by_saving
+from spdcompile.ladder import Attempt, Rung
 from spdcompile.loading import load_model
 from spdcompile.models import ModelSource
 from spdcompile.passes.drop import PointName
@@ -93,21 +94,20 @@ def tune(
             "The model has no sync point to drop.", point=f"layers.{layer}.{name}", reason=reason
         )
     with hidden_states(settings.scratch, settings.memory_bytes) as states:
-        order = _ordered(compiled, train, able, settings, states, progress)
-        source = _source_of(model)
-        tuning = _Tuning(source, compiled, order, budget, settings, progress)
+        orders = _orders(compiled, train, able, settings, states, progress)
+        tuning = _Tuning(_source_of(model), compiled, orders, budget, settings, progress)
         return tuning.run(train, held, states, refused)
 
 
-def _ordered(
+def _orders(
     compiled: CompiledModel,
     train: Tensor,
     points: tuple[PointName, ...],
     settings: TuneSettings,
     states: HiddenStates,
     progress: bool,
-) -> Order:
-    """The order of the points, on chunks that are evenly spaced over the calibration text."""
+) -> tuple[Order, ...]:
+    """Different orders of the points, on chunks evenly spaced over the calibration text."""
     count = min(settings.order_chunks, len(train))
     chunks = train[torch.arange(count) * len(train) // count]
     plain, router = local_executor(compiled), compiled.plan.router
@@ -121,7 +121,13 @@ def _ordered(
         router=router,
         batch_size=settings.batch_size,
     )
-    return order_points(evaluator, points, first=settings.first, progress=progress)
+    found: dict[tuple[PointName, ...], Order] = {}
+    for spread in settings.spreads:
+        order = order_points(
+            evaluator, points, first=settings.first, spread=spread, progress=progress
+        )
+        found.setdefault(tuple(step.point for step in order.steps), order)
+    return tuple(found.values())
 
 
 class _Tuning:
@@ -131,12 +137,12 @@ class _Tuning:
         self,
         source: ModelSource,
         compiled: CompiledModel,
-        order: Order,
+        orders: tuple[Order, ...],
         budget: Budget,
         settings: TuneSettings,
         progress: bool,
     ) -> None:
-        self.source, self.compiled, self.order = source, compiled, order
+        self.source, self.compiled, self.orders = source, compiled, orders
         self.budget, self.settings, self.progress = budget, settings, progress
         self.meter = Meter(
             compiled,
@@ -149,23 +155,19 @@ class _Tuning:
         self, train: Tensor, held: Tensor, states: HiddenStates, refused: dict[PointName, str]
     ) -> Tuned:
         """Chooses a prefix and a recovery, and gathers all figures."""
-        trials = self._trials(train, held, states)
-        effort = self.settings.effort
-        if self.budget.saves:
-            plans = [self._plan(count) for count in range(len(self.order.steps) + 1)]
-            count = self.meter.shortest(plans, self.budget)
-            choice = choose_by_saving(trials, count, self.budget, effort)
-        else:
-            choice = choose_by_loss(trials, len(self.order.steps), self.budget, effort)
+        all_trials = self._trials(train, held, states)
+        counts = [self._count(order) for order in self.orders]
+        place, choice = choose(all_trials, counts, self.budget, self.settings.effort)
+        order, trials = self.orders[place], all_trials[place]
         chosen = choice.attempt
         recovered = trials.recovered(chosen)
         plan = replace(
-            self._plan(chosen.count),
+            self._plan(order, chosen.count),
             head_groups=recovered.head_groups or self.compiled.plan.head_groups,
             model=structure_of(self.compiled.model),
         )
         savings = self.meter.measured(plan)
-        tau1, tau2 = thresholds_of(self.order, choice)
+        tau1, tau2 = thresholds_of(order, choice)
         tuned = Tuned(
             plan,
             recovered.tensors,
@@ -179,18 +181,35 @@ class _Tuning:
             savings=savings,
             tau1=tau1,
             tau2=tau2,
-            points=decisions_of(self.order, choice, trials.made, {**refused, **self.order.refused}),
-            attempts=trials.made,
+            points=decisions_of(order, choice, trials.made, {**refused, **order.refused}),
+            attempts=tuple(attempt for each in all_trials for attempt in each.made),
             source=self.source,
         )
         return with_figures(tuned)
 
-    def _trials(self, train: Tensor, held: Tensor, states: HiddenStates) -> RecordedTrials:
+    def _count(self, order: Order) -> int:
+        """How many points have to go; if nothing has to be saved, how many may."""
+        if not self.budget.saves:
+            return len(order.steps)
+        plans = [self._plan(order, count) for count in range(len(order.steps) + 1)]
+        return self.meter.shortest(plans, self.budget)
+
+    def _trials(
+        self, train: Tensor, held: Tensor, states: HiddenStates
+    ) -> tuple[RecordedTrials, ...]:
+        """One an order; what they measure is shared."""
         settings, plain = self.settings, local_executor(self.compiled)
+        keyed = {
+            "tune": [_facts(settings.short), _facts(settings.distill), settings.group_chunks],
+            "validation": hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest(),
+            "router": self.compiled.plan.router.value,
+            "batch_size": settings.batch_size,
+        }
+        key = key_of(plain, train, keyed)
+        record, told = Record(settings.resume, key), _telling(self.progress)
         bench = Bench(
             self.source,
             self.compiled,
-            self.order,
             train,
             settings.group_chunks,
             Validation(plain, held, states=states, batch_size=settings.batch_size),
@@ -199,18 +218,13 @@ class _Tuning:
             _stored_dtypes(self.source),
             self.progress,
         )
-        keyed = {
-            "tune": [_facts(settings.short), _facts(settings.distill), settings.group_chunks],
-            "validation": hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest(),
-            "router": self.compiled.plan.router.value,
-            "batch_size": settings.batch_size,
-        }
-        key = key_of(plain, train, keyed)
-        told = _telling(self.progress)
-        return RecordedTrials(bench, Record(settings.resume, key), settings.resume, key, told)
+        return tuple(
+            RecordedTrials(bench, order, record, settings.resume, key, told)
+            for order in self.orders
+        )
 
-    def _plan(self, count: int) -> Plan:
-        return replace(self.compiled.plan, dropped=self.order.prefix(count))
+    def _plan(self, order: Order, count: int) -> Plan:
+        return replace(self.compiled.plan, dropped=order.prefix(count))
 
 
 def _facts(settings: DistillSettings) -> str:
@@ -222,7 +236,7 @@ def _telling(progress: bool) -> Callable[[Attempt], object]:
     """Prints each attempt between the progress bars."""
 
     def tell(attempt: Attempt) -> None:
-        what = f"{attempt.count} points, {attempt.rung.value}"
+        what = f"{attempt.count} points, order {attempt.order}, {attempt.rung.value}"
         size = "" if attempt.rung is Rung.ZERO_SHOT else ", full" if attempt.full else ", short"
         outcome = attempt.refused or f"{attempt.increase:+.2%} perplexity"
         tqdm.write(f"{what}{size}: {outcome}", file=sys.stderr)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spdcompile import Budget
+from spdcompile.choosing import choose
 from spdcompile.errors import UsageError
 from spdcompile.ladder import (
     Attempt,
@@ -161,6 +162,24 @@ def test_recovery_stops_once_the_loss_is_allowed() -> None:
         budget = Budget(max_loss=allowed, min_saved=0.5)
         assert choose_by_saving(trials, COUNT, budget, Effort()).attempt.rung is rung
     assert Rung.GROUP not in {a.rung for a in trials.made}
+
+
+def test_order_that_recovers_best_is_followed() -> None:
+    """The second costs more zero-shot, and recovers from all but a little of it."""
+    rising = [0.01 * k for k in range(COUNT + 1)]
+
+    def known(worse: float, short: float, full: float) -> Known:
+        sums = [worse * loss for loss in rising]
+        return Known(sums, short=short, full=full, groups_refused="no heads")
+
+    for budget in (Budget(max_loss=0.03), Budget(min_saved=0.5)):
+        orders = [known(1, 0.9, 0.8), known(4, 0.1, 0.05)]
+        counts = (COUNT, COUNT) if budget.max_loss else (6, 6)
+        place, choice = choose(orders, counts, budget, Effort())
+        assert place == 1 and choice.attempt.count == counts[1] and choice.attempt.full
+        orders = [known(1, 0.2, 0.1), known(4, 0.9, 0.8)]
+        place, choice = choose(orders, counts, budget, Effort())
+        assert place == 0 and choice.attempt.count == counts[0]
 
 
 def test_better_means_by_more_than_the_standard_error() -> None:

@@ -18,7 +18,7 @@ from spdcompile.plan import Router
 from spdcompile.runtime.calibrate import Method, Points, droppable
 from spdcompile.runtime.evaluate import Evaluator
 from spdcompile.runtime.hidden import hidden_states
-from spdcompile.runtime.order import Cost, greedy_order, order_points
+from spdcompile.runtime.order import Cost, even_rounds, greedy_order, order_points
 from spdcompile.runtime.record import Record
 from tests.models import tiny, token_ids
 
@@ -85,6 +85,25 @@ def test_scores_never_fall() -> None:
     joint = {1: 1.0, 2: 5.0, 3: 4.0, 4: 4.5, 5: 6.0, 6: 5.5}
     order = greedy_order(lambda points: joint[len(points)], dict.fromkeys(POINTS, 0.0))
     assert [step.score for step in order.steps] == [1.0, 5.0, 5.0, 5.0, 6.0, 6.0]
+
+
+@given(st.lists(st.floats(0.1, 9.0), min_size=7, max_size=7), st.integers(1, 6))
+def test_even_order_leaves_no_longer_run_than_it_has_to(costs: list[float], gone: int) -> None:
+    points = tuple((layer, name) for layer in range(4) for name in ("attn", "mlp"))
+    own = dict(zip(points, costs, strict=False))
+    order = greedy_order(
+        lambda dropped: sum(own[point] for point in dropped), own, rounds=even_rounds(points)
+    )
+    rounds = [even_rounds(points)[step.point] for step in order.steps]
+    assert rounds == [1, 1, 1, 1, 2, 2, 3] and points[-1] not in order.prefix(8)
+    run = longest = 0
+    for point in points:
+        run = run + 1 if point in order.prefix(gone) else 0
+        longest = max(longest, run)
+    assert longest <= (1 if gone <= 4 else 3)
+    for group in (order.steps[:4], order.steps[4:6]):
+        alone = [step.alone for step in group]
+        assert alone == sorted(alone)
 
 
 @pytest.fixture(scope="module")
