@@ -170,7 +170,7 @@ class RecordedTrials:
         aside = None if self._directory is None else self._directory / f"{self._key}-unfinished"
         found = distill(
             base,
-            bench.train,
+            bench.train if full else _spaced(bench.train, settings),
             tp=base.plan.tp,
             spd_mask=_plan(base, self.order.prefix(count)),
             settings=settings if aside is None else replace(settings, resume=aside),
@@ -254,6 +254,15 @@ class RecordedTrials:
             files = set(self._directory.glob(f"{self._key}-*.safetensors"))
             for file in files - {self._file(name)}:
                 file.unlink(missing_ok=True)
+
+
+def _spaced(tokens: Tensor, settings: DistillSettings) -> Tensor:
+    """As many chunks as the steps of a short distillation see, evenly spaced over the text."""
+    if settings.steps is None:
+        return tokens
+    seen = max(settings.steps, settings.logit_steps) * settings.batch_size
+    count = min(len(tokens), seen)
+    return tokens[torch.arange(count) * len(tokens) // count]
 
 
 def _plan(base: CompiledModel, points: frozenset[PointName]) -> Plan:

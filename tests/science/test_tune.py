@@ -168,7 +168,10 @@ def test_validation_is_never_trained_on(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("spdcompile.trials.distill", watching)
     tuned(Budget(min_saved=0.5), SETTINGS)
-    assert seen and all(torch.equal(given, tokens()[:-3]) for given in seen)
+    trained, held = tokens()[:-3], tokens()[-3:]
+    assert [len(given) for given in seen] == [16, len(trained)], "short: what its steps see"
+    assert torch.equal(seen[1], trained)
+    assert not any((given[:, None] == held).all(-1).any() for given in seen)
     seen.clear()
     found = tuned(Budget(min_saved=0.5), ZERO_SHOT, validation=tokens()[:5])
     expected = perplexity(compiled_model().executor, tokens()[:5])
