@@ -71,6 +71,7 @@ class Trials(Protocol):
     @property
     def made(self) -> tuple[Attempt, ...]:
         """What was tried so far, in order."""
+        ...
 
     def attempt(
         self, count: int, rung: Rung, *, full: bool = False, grouped_from: int = 0
@@ -81,6 +82,7 @@ class Trials(Protocol):
             full: whether to distil in full.
             grouped_from: head groups are for layers whose attention points are from here on.
         """
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from spdcompile.runtime.evaluate import Evaluator
 from spdcompile.runtime.hidden import hidden_states
 from spdcompile.runtime.order import Cost, even_rounds, greedy_order, order_points
 from spdcompile.runtime.record import Record
+from spdcompile.undropped import local_executor
 from tests.models import tiny, token_ids
 
 TP = 2
@@ -125,7 +126,11 @@ def test_order_of_a_model_is_measured(
     assert len(points) == 3
     with hidden_states(None, None) as states, torch.no_grad():
         evaluator = Evaluator(
-            compiled.base, compiled.executor, tokens, states=states, record=Record(None, "")
+            compiled.base,
+            local_executor(compiled),
+            tokens,
+            states=states,
+            record=Record(None, ""),
         )
         order = order_points(evaluator, points, first=first, progress=False)
 

@@ -23,6 +23,7 @@ from spdcompile.errors import PlanError, RefusalError, UsageError
 from spdcompile.ladder import Attempt, Choice, Effort, Rung
 from spdcompile.runtime.data import perplexity
 from spdcompile.runtime.evaluate import Evaluator
+from spdcompile.runtime.executor import Executor
 from spdcompile.runtime.order import Order, Step
 from spdcompile.runtime.validation import HeldOut, Validation
 from spdcompile.trials import RecordedTrials
@@ -150,6 +151,7 @@ def test_thresholds_are_where_the_class_changes(data: st.DataObject) -> None:
     tau1, tau2 = (math.inf if tau is None else tau for tau in thresholds_of(order, choice))
     assert tau1 <= tau2
     for decision in decisions_of(order, choice, [attempt], {}):
+        assert decision.score is not None
         by_score = {
             PointClass.IN_SENSITIVE: decision.score <= tau1,
             PointClass.SENSITIVE: tau1 < decision.score <= tau2,
@@ -202,7 +204,7 @@ def test_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     settings = replace(SETTINGS, resume=tmp_path)
     measure, calls = Validation.measure, []
 
-    def killing(self: Validation, executor: object) -> HeldOut:
+    def killing(self: Validation, executor: Executor) -> HeldOut:
         calls.append(executor)
         if len(calls) == 4:
             raise KeyboardInterrupt
