@@ -10,7 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spdcompile import __version__, log
-from spdcompile.cli import calibrate, export_hf, generate, group_heads, trace_and_report
+from spdcompile.cli import (
+    calibrate,
+    distill,
+    export_hf,
+    generate,
+    group_heads,
+    trace_and_report,
+)
 from spdcompile.errors import SpdCompileError
 
 OK, FAILED, USER_MISTAKE = 0, 1, 2
@@ -55,6 +62,12 @@ COMMANDS = (
         "choose which heads share a rank, and write a plan",
         group_heads.add_arguments,
         group_heads.run,
+    ),
+    Command(
+        "distill",
+        "train blocks to do without their sync points, and write a Hugging Face checkpoint",
+        distill.add_arguments,
+        distill.run,
     ),
     Command(
         "export-hf",
