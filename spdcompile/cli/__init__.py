@@ -10,7 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spdcompile import __version__, log
-from spdcompile.cli import calibrate, export_hf, generate, group_heads, trace_and_report, tune
+from spdcompile.cli import (
+    calibrate,
+    distill,
+    export_hf,
+    generate,
+    group_heads,
+    trace_and_report,
+    tune,
+)
 from spdcompile.errors import SpdCompileError
 
 OK, FAILED, USER_MISTAKE = 0, 1, 2
@@ -57,10 +65,17 @@ COMMANDS = (
         group_heads.run,
     ),
     Command(
+<<<<<<< HEAD
         "tune",
         "choose what to drop and how to recover, to a budget, and write plan and weights",
         tune.add_arguments,
         tune.run,
+=======
+        "distill",
+        "train blocks to do without their sync points, and write a Hugging Face checkpoint",
+        distill.add_arguments,
+        distill.run,
+>>>>>>> main
     ),
     Command(
         "export-hf",

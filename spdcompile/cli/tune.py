@@ -33,7 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-groups", action="store_true", help="never group heads, which captures the model anew"
     )
     parser.add_argument(
-        "--steps", type=positive, metavar="N", help="steps of a full distillation, per unit"
+        "--steps", type=positive, metavar="N", help="steps of a full distillation, per segment"
+    )
+    parser.add_argument(
+        "--logit-steps",
+        type=int,
+        metavar="N",
+        help="further steps in the end for the logits of the whole model",
     )
     parser.add_argument(
         "--search-steps",

@@ -17,6 +17,7 @@ from spdcompile.cli.reading import read_tokens
 from spdcompile.cli.tune import UNMET
 from spdcompile.cli.writing import STDOUT, check_target, write_output
 from spdcompile.errors import UsageError
+from spdcompile.export import check_empty
 from spdcompile.ladder import Effort, Rung
 from spdcompile.latency import Latencies
 from spdcompile.models import resolve_model
@@ -77,25 +78,21 @@ def _check_targets(arguments: argparse.Namespace) -> None:
             where="--output",
             needed="--output DIR, --plan-only FILE or --json FILE",
         )
-    target = Path(arguments.output or ".")
-    if arguments.output and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(
-            "The directory is not empty.",
-            where=f"--output {target}",
-            needed="a new or empty directory",
-        )
+    if arguments.output:
+        check_empty(Path(arguments.output))
 
 
 def _settings(arguments: argparse.Namespace) -> TuneSettings:
-    full = DistillSettings()
-    if arguments.steps:
-        full = replace(full, steps=arguments.steps)
-    search = arguments.search_steps and replace(full, steps=arguments.search_steps)
+    given = {"steps": arguments.steps, "logit_steps": arguments.logit_steps}
+    full = DistillSettings(**{name: count for name, count in given.items() if count is not None})
+    short = TuneSettings(distill=full).short
+    if arguments.search_steps:
+        short = replace(short, steps=arguments.search_steps)
     rungs = tuple(rung for rung in Rung if rung is not Rung.GROUP or not arguments.no_groups)
     table = None if arguments.latencies is None else Latencies.load(arguments.latencies)
     return TuneSettings(
         distill=full,
-        search=search,
+        search=short,
         effort=Effort(rungs=rungs),
         latencies=table,
         batch_size=arguments.batch_size,
