@@ -65,17 +65,16 @@ COMMANDS = (
         group_heads.run,
     ),
     Command(
-<<<<<<< HEAD
         "tune",
         "choose what to drop and how to recover, to a budget, and write plan and weights",
         tune.add_arguments,
         tune.run,
-=======
+    ),
+    Command(
         "distill",
         "train blocks to do without their sync points, and write a Hugging Face checkpoint",
         distill.add_arguments,
         distill.run,
->>>>>>> main
     ),
     Command(
         "export-hf",

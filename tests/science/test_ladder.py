@@ -9,18 +9,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spdcompile import Budget
+from spdcompile import Budget, PointClass
 from spdcompile.choosing import choose
 from spdcompile.errors import UsageError
 from spdcompile.ladder import (
     Attempt,
+    Choice,
     Effort,
     Rung,
     choose_by_loss,
     choose_by_saving,
     longest,
 )
+from spdcompile.runtime.order import Order, Step
 from spdcompile.runtime.validation import HeldOut, is_better
+from spdcompile.tuned import decisions_of, thresholds_of
 
 COUNT = 12
 BASE = HeldOut((3.0, 3.2, 2.8, 3.1), 0.0, 1.0)
@@ -180,6 +183,30 @@ def test_order_that_recovers_best_is_followed() -> None:
         orders = [known(1, 0.2, 0.1), known(4, 0.9, 0.8)]
         place, choice = choose(orders, counts, budget, Effort())
         assert place == 0 and choice.attempt.count == counts[0]
+
+
+@given(st.data())
+def test_thresholds_are_where_the_class_changes(data: st.DataObject) -> None:
+    scores = sorted(data.draw(st.lists(st.floats(1e-6, 9.0), min_size=1, max_size=9, unique=True)))
+    order = Order(
+        tuple(Step((place, "attn"), 0.0, score, score) for place, score in enumerate(scores)), {}, 0
+    )
+    taken = data.draw(st.integers(0, len(scores)))
+    sensitive = data.draw(st.integers(0, taken))
+    in_sensitive = data.draw(st.integers(0, sensitive))
+    attempt = Attempt(taken, Rung.GROUP, True, HeldOut((1.0,), 0.0, 1.0), 0.0)
+    choice = Choice(attempt, in_sensitive, sensitive, "")
+    tau1, tau2 = (math.inf if tau is None else tau for tau in thresholds_of(order, choice))
+    assert tau1 <= tau2
+    for decision in decisions_of(order, choice, [attempt], {}):
+        assert decision.score is not None
+        by_score = {
+            PointClass.IN_SENSITIVE: decision.score <= tau1,
+            PointClass.SENSITIVE: tau1 < decision.score <= tau2,
+            PointClass.EXTREMELY_SENSITIVE: tau2 < decision.score,
+            PointClass.KEPT: decision.score > scores[taken - 1] if taken else True,
+        }
+        assert by_score[decision.kind], decision
 
 
 def test_better_means_by_more_than_the_standard_error() -> None:

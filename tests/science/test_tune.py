@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -11,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,14 +17,12 @@ import spdcompile
 from spdcompile import Budget, Plan, PointClass, Points, Tuned
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import PlanError, RefusalError, UsageError
-from spdcompile.ladder import Attempt, Choice, Effort, Rung
+from spdcompile.ladder import Effort, Rung
 from spdcompile.runtime.data import perplexity
 from spdcompile.runtime.evaluate import Evaluator
 from spdcompile.runtime.executor import Executor
-from spdcompile.runtime.order import Order, Step
 from spdcompile.runtime.validation import HeldOut, Validation
 from spdcompile.trials import RecordedTrials
-from spdcompile.tuned import decisions_of, thresholds_of
 from tests.models import tiny
 from tests.science.tuned_model import (
     LAYERS,
@@ -137,30 +132,6 @@ def test_every_point_has_a_decision() -> None:
     assert found.kinds(PointClass.REFUSED) == ((LAYERS - 1, "mlp"),)
 
 
-@given(st.data())
-def test_thresholds_are_where_the_class_changes(data: st.DataObject) -> None:
-    scores = sorted(data.draw(st.lists(st.floats(1e-6, 9.0), min_size=1, max_size=9, unique=True)))
-    order = Order(
-        tuple(Step((place, "attn"), 0.0, score, score) for place, score in enumerate(scores)), {}, 0
-    )
-    taken = data.draw(st.integers(0, len(scores)))
-    sensitive = data.draw(st.integers(0, taken))
-    in_sensitive = data.draw(st.integers(0, sensitive))
-    attempt = Attempt(taken, Rung.GROUP, True, HeldOut((1.0,), 0.0, 1.0), 0.0)
-    choice = Choice(attempt, in_sensitive, sensitive, "")
-    tau1, tau2 = (math.inf if tau is None else tau for tau in thresholds_of(order, choice))
-    assert tau1 <= tau2
-    for decision in decisions_of(order, choice, [attempt], {}):
-        assert decision.score is not None
-        by_score = {
-            PointClass.IN_SENSITIVE: decision.score <= tau1,
-            PointClass.SENSITIVE: tau1 < decision.score <= tau2,
-            PointClass.EXTREMELY_SENSITIVE: tau2 < decision.score,
-            PointClass.KEPT: decision.score > scores[taken - 1] if taken else True,
-        }
-        assert by_score[decision.kind], decision
-
-
 def test_validation_is_never_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
 
@@ -220,7 +191,6 @@ def test_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_head_groups_are_part_of_the_plan(tmp_path: Path) -> None:
-    """On these trials grouping is not better, so what it gave is looked at by itself."""
     settings = replace(SETTINGS, effort=Effort(), resume=tmp_path)
     found = tuned(Budget(min_saved=1 / 6), settings)
     (grouped,) = (a for a in found.attempts if a.rung is Rung.GROUP and not a.full)
