@@ -10,7 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spdcompile import __version__, log
-from spdcompile.cli import calibrate, export_hf, generate, group_heads, trace_and_report
+from spdcompile.cli import (
+    calibrate,
+    evaluate,
+    export_hf,
+    generate,
+    group_heads,
+    trace_and_report,
+)
 from spdcompile.errors import SpdCompileError
 
 OK, FAILED, USER_MISTAKE = 0, 1, 2
@@ -49,6 +56,12 @@ COMMANDS = (
         "measure what dropping each sync point costs on a text",
         calibrate.add_arguments,
         calibrate.run,
+    ),
+    Command(
+        "eval",
+        "measure a plan on texts and on tasks of lm-evaluation-harness, beside the unsharded model",
+        evaluate.add_arguments,
+        evaluate.run,
     ),
     Command(
         "group-heads",
