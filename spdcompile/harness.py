@@ -8,7 +8,11 @@ published ones; what runs is the compiled model, with the requests shared out ov
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch.distributed as dist
@@ -50,7 +54,8 @@ except ImportError:
 class HarnessLM(HFLM):
     """A compiled model for `lm_eval.simple_evaluate`.
 
-    Greedy unless a task says otherwise. Under torchrun every process calls it alike and has all
+    Greedy unless a task says otherwise. A prompt that is too long is cut from the left, as the
+    harness does it; `num_cut` counts that. Under torchrun every process calls it alike and has all
     answers; for the harness each is the only one.
 
     Args:
@@ -73,14 +78,15 @@ class HarnessLM(HFLM):
         max_length: int | None = None,
         progress: bool = True,
     ) -> None:
-        super().__init__(
-            _Callable(compiled),
-            backend="causal",
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            max_length=max_length,
-        )
-        self.compiled, self.num_cut = compiled, 0
+        with quietly(progress):
+            super().__init__(
+                _Callable(compiled),
+                backend="causal",
+                tokenizer=tokenizer,
+                batch_size=batch_size,
+                max_length=max_length,
+            )
+        self.compiled, self.num_cut, self._cut_here = compiled, 0, 0
         limits = (self.max_length, compiled.program.max_length)
         self._max_length = min(limit for limit in limits if limit is not None)
         self._quiet = not progress or (dist.is_initialized() and dist.get_rank() != 0)
@@ -120,7 +126,7 @@ class HarnessLM(HFLM):
         """Token ids and attention mask, int64 [B, S], padded; counts what is cut."""
         ids, mask = super().tok_batch_encode(strings, padding_side, truncation=truncation)
         if left_truncate_len is not None:
-            self.num_cut += int((mask.sum(1) > left_truncate_len).sum())
+            self._cut_here += int((mask.sum(1) > left_truncate_len).sum())
             ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
         missing = max(0, self.compiled.program.min_length - ids.shape[1])
         ids = F.pad(ids, (missing, 0), value=self.tokenizer.pad_token_id)
@@ -138,7 +144,7 @@ class HarnessLM(HFLM):
                     found=f"{len(continuation)} tokens",
                     needed=f"1 to {longest}, the model's longest input",
                 )
-            self.num_cut += len(context) + len(continuation) > longest + 1
+            self._cut_here += len(context) + len(continuation) > longest + 1
         quiet = disable_tqdm or self._quiet
         return super()._loglikelihood_tokens(requests, quiet, override_bs)
 
@@ -157,10 +163,14 @@ class HarnessLM(HFLM):
         number = self.compiled.num_replicas
         shares = [requests[replica::number] for replica in range(number)]
 
-        def run(share: Sequence[Any]) -> list[Any]:
-            return answer(share, disable_tqdm=quiet or self._quiet) if share else []
+        def run(share: Sequence[Any]) -> tuple[list[Any], int]:
+            before = self._cut_here
+            answers = answer(share, disable_tqdm=quiet or self._quiet) if share else []
+            return answers, self._cut_here - before
 
-        answers = self.compiled.over_replicas(run, shares)
+        found = self.compiled.over_replicas(run, shares)
+        self.num_cut += sum(cut for _, cut in found)
+        answers = [answers for answers, _ in found]
         return [answers[place % number][place // number] for place in range(len(requests))]
 
 
@@ -174,7 +184,8 @@ def reference_lm(
     """The harness' language model for what a compiled one is compared with."""
     if isinstance(model, CompiledModel):
         return HarnessLM(model, tokenizer, batch_size=batch_size, progress=progress)
-    return HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+    with quietly(progress):
+        return HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
 
 
 class _Callable:
@@ -191,3 +202,18 @@ class _Callable:
         output = self._compiled(F.pad(ids, (0, missing)))
         output.logits = output.logits[:, : ids.shape[1]]
         return output
+
+
+@contextmanager
+def quietly(progress: bool) -> Iterator[None]:
+    """Keeps what the harness prints out of stdout; and out of stderr, unless it shows progress."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    with ExitStack() as stack:
+        stack.callback(logger.setLevel, before)
+        logger.setLevel(logging.ERROR)
+        if not progress:
+            silent = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(redirect_stderr(silent))
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield

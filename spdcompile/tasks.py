@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import os
-import sys
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, chdir, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from spdcompile.errors import SpdCompileError, UsageError
-from spdcompile.harness import missing_error
+from spdcompile.harness import missing_error, quietly
 
 _YAML = (".yaml", ".yml")
+_SEED = 1234
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,10 @@ def load_tasks(names: Sequence[str], *, progress: bool = True) -> list[Any]:
         library = importlib.import_module("lm_eval.tasks")
     except ImportError as error:
         raise missing_error(str(error)) from error
+    _seed()
     with quietly(progress):
-        manager = library.TaskManager()
+        # Reading the harness' own list takes seconds, which local files need not wait for.
+        manager = library.TaskManager(include_defaults=not all(map(_is_path, names)))
         found: list[Any] = []
         for name in names:
             for path in _files(name):
@@ -125,7 +130,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
     progress: bool = True,
-) -> Scores | None:
+) -> Scores:
     """What a language model of the harness scores on tasks.
 
     Args:
@@ -134,23 +139,25 @@ def run_tasks(
         num_fewshot: examples before each question, where a task does not say that it has none.
         limit: documents of each task, from its first on; all of them if None.
 
-    Returns: the scores; None on all processes of a machine but its first, as the harness has it.
+    Returns: the scores, in every process.
 
     Raises:
         UsageError: a task asks for what the model cannot do.
     """
     library = importlib.import_module("lm_eval")
     with quietly(progress):
+        manager = importlib.import_module("lm_eval.tasks").TaskManager(include_defaults=False)
+        loaded = manager.load(list(tasks))
+        for task in loaded["tasks"].values():
+            _set_examples(task, num_fewshot)
+        _seed()
         try:
-            found = library.simple_evaluate(
-                lm, tasks=list(tasks), num_fewshot=num_fewshot, limit=limit, log_samples=True
-            )
+            # Not simple_evaluate: that goes on to describe machine and packages, for seconds.
+            found = library.evaluate(lm, loaded, limit=limit, log_samples=True)
         except SpdCompileError:
             raise
         except ValueError as error:
             raise UsageError("The tasks cannot be run.", where="tasks", found=str(error)) from error
-    if found is None:
-        return None
     counts = {name: count["effective"] for name, count in found["n-samples"].items()}
     scores = [
         score
@@ -159,6 +166,23 @@ def run_tasks(
     ]
     samples = {task: [_answer(row) for row in rows] for task, rows in found["samples"].items()}
     return Scores(tuple(scores), samples)
+
+
+def _set_examples(task: Any, number: int | None) -> None:
+    """As the harness' command line does it."""
+    own = task.get_config("num_fewshot")
+    if number is not None and own != 0:
+        task.set_config(key="num_fewshot", value=number)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=_SEED)
+
+
+def _seed() -> None:
+    """The harness' own seeds, before tasks are read and before they are run."""
+    random.seed(0)
+    np.random.seed(_SEED)
+    torch.manual_seed(_SEED)
 
 
 def _scores(task: str, metrics: Mapping[str, Any], documents: int | None) -> Iterator[Score]:
@@ -176,18 +200,3 @@ def _answer(row: Mapping[str, Any]) -> dict[str, Any]:
     answers = [answer for answers in row["resps"] for answer in answers]
     metrics = {name: row[name] for name in row["metrics"]}
     return {"document": row["doc_id"], "filter": row["filter"], "answers": answers, **metrics}
-
-
-@contextmanager
-def quietly(progress: bool) -> Iterator[None]:
-    """Keeps what the harness prints out of stdout; and out of stderr, unless it shows progress."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    with ExitStack() as stack:
-        stack.callback(logger.setLevel, before)
-        logger.setLevel(logging.ERROR)
-        if not progress:
-            silent = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stderr(silent))
-        stack.enter_context(redirect_stdout(sys.stderr))
-        yield

@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 TEXT = FOLDER.parent / "models" / "tiny-llama" / "heldout.txt"
 SEED = 0
 NUM_CHOICES, CHOICES = 40, 4
-NUM_DOCUMENTS, LONG = 8, 6000  # characters: more than the model's 1,024 tokens
+NUM_DOCUMENTS, LONG = 5, 5000  # characters: more than the model's 1,024 tokens
 NUM_COMPLETIONS = 32
 CUT = 12  # words of a sentence that are shown
 

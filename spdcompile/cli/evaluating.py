@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +26,9 @@ from spdcompile.compiled import CompiledModel
 from spdcompile.errors import UsageError
 from spdcompile.evaluation import evaluate, evaluation_tokens
 from spdcompile.harness import HarnessLM, reference_lm
-from spdcompile.models import resolve_model
+from spdcompile.models import check_weights, resolve_model
 from spdcompile.passes.capture import decoder_layers
-from spdcompile.reference import Reference
+from spdcompile.reference import PROGRAM, Reference
 from spdcompile.runtime.data import check_tokens
 from spdcompile.tasks import Scores, load_tasks, run_tasks
 
@@ -37,9 +39,12 @@ def evaluate_model(arguments: argparse.Namespace) -> int:
     quiet_transformers()
     model = resolve_model(arguments.model, weights=False)
     plan = plan_of(arguments, len(decoder_layers(model)[1]))
+    if arguments.reference not in (None, "none", PROGRAM):
+        resolve_model(arguments.reference, weights=False)
+        check_weights(Path(arguments.reference))
     tokenizer = read_tokenizer(arguments.model)
     texts = [_read(text, tokenizer, arguments, model) for text in arguments.text]
-    progress = sys.stderr.isatty()
+    progress = _shows_progress()
     tasks = load_tasks(_names(arguments.tasks), progress=progress) if arguments.tasks else []
     compiled = spdcompile.compile(
         arguments.model,
@@ -54,11 +59,11 @@ def evaluate_model(arguments: argparse.Namespace) -> int:
         reference = Reference(arguments.reference or arguments.model, compiled)
     settings = {"batch_size": arguments.batch_size, "progress": progress}
     rows = [evaluate(compiled, tokens, reference=reference, **settings) for tokens in texts]
-    own, other = None, None
+    found = ()
     if tasks:
-        own, other = _run_tasks(compiled, reference, tokenizer, tasks, arguments)
+        found = _run_tasks(compiled, reference, tokenizer, tasks, arguments)
     if not dist.is_initialized() or dist.get_rank() == 0:
-        measured = Measured(plan, dict(zip(arguments.text, rows, strict=True)), own, other)
+        measured = Measured(plan, dict(zip(arguments.text, rows, strict=True)), *found)
         _write(arguments, measured, reference)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -71,21 +76,23 @@ def _run_tasks(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Any],
     arguments: argparse.Namespace,
-) -> tuple[Scores | None, Scores | None]:
-    """What the model scores, and the reference; of the latter's processes, rank 0 alone runs it."""
+) -> tuple[Scores | None, Scores | None, int]:
+    """What the model scores, and the reference, which rank 0 alone runs; how much was cut."""
     settings: dict[str, Any] = {
         "num_fewshot": arguments.num_fewshot,
         "limit": arguments.limit,
-        "progress": sys.stderr.isatty(),
+        "progress": _shows_progress(),
     }
     lm_settings = {"batch_size": arguments.batch_size, "progress": settings["progress"]}
-    own = run_tasks(HarnessLM(compiled, tokenizer, **lm_settings), tasks, **settings)
+    lm = HarnessLM(compiled, tokenizer, **lm_settings)
+    own = run_tasks(lm, tasks, **settings)
     model = None if reference is None else reference.model
     if isinstance(model, PreTrainedModel) and dist.is_initialized() and dist.get_rank() != 0:
         model = None
     if model is None:
-        return own, None
-    return own, run_tasks(reference_lm(model, tokenizer, **lm_settings), tasks, **settings)
+        return own, None, lm.num_cut
+    other = run_tasks(reference_lm(model, tokenizer, **lm_settings), tasks, **settings)
+    return own, other, lm.num_cut
 
 
 def _read(
@@ -104,6 +111,11 @@ def _read(
     )
     check_tokens(model, tokens)
     return tokens
+
+
+def _shows_progress() -> bool:
+    """Whether there is someone to see it, and this is the process that shows it."""
+    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
 
 
 def _names(tasks: str) -> list[str]:

@@ -21,12 +21,14 @@ class Measured:
         plan: of the compiled model.
         texts: text -> what the model is worth on it.
         own, other: what the compiled model scored on tasks, and the reference.
+        num_cut: requests of tasks that were cut to the model's length.
     """
 
     plan: Plan
     texts: Mapping[str, Evaluation]
     own: Scores | None = None
     other: Scores | None = None
+    num_cut: int = 0
 
     def to_dict(self, model: str, reference: str | None) -> dict[str, Any]:
         """JSON data.
@@ -45,6 +47,7 @@ class Measured:
                 {**asdict(score), "reference": other and other.value}
                 for score, other in self._pairs()
             ],
+            "cut": self.num_cut,
         }
 
     def _pairs(self) -> list[tuple[Score, Score | None]]:
@@ -90,6 +93,8 @@ def render(measured: Measured, reference: str | None, table_format: str) -> str:
     plan = measured.plan
     lines = [f"tp {plan.tp}, {len(plan.dropped)} sync points dropped"]
     lines.append("Reference: none" if reference is None else f"Reference: {reference}")
+    if measured.num_cut:
+        lines.append(f"Cut from the left to the model's length: {measured.num_cut} requests")
     tables = []
     if measured.texts:
         headers = ["text", "chunks", "perplexity"]
