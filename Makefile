@@ -43,7 +43,9 @@ $(VENV)/.installed-harness: $(VENV)/.installed-test
 	$(BIN)/python -m venv $(HARNESS)
 	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
 	  > "$$($(HARNESS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
-	$(HARNESS)/bin/python -m pip install --quiet --editable ".[eval]"
+	$(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*project['optional-dependencies']['eval'], sep='\n')" > $(HARNESS)/requirements.txt
+	$(HARNESS)/bin/python -m pip install --quiet --requirement $(HARNESS)/requirements.txt
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spdcompile import Plan
+from spdcompile import Evaluation, Plan, Quality
+from spdcompile.cli.scoring import Measured, render
 from tests.cli.conftest import Command, Outcome
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
@@ -61,10 +62,11 @@ def test_plan_and_its_options_say_the_same(
     assert found["reference"] == "this program with nothing dropped"
 
 
-def test_nothing_is_compared_if_told(command: Command) -> None:
-    outcome = command("eval", str(MODEL), *SMALL, "--text", TEXTS[0], "--reference", "none")
-    assert outcome.code == 0
-    assert "Reference: none" in outcome.out and "KL" not in outcome.out
+def test_table_without_a_reference_compares_nothing() -> None:
+    found = Evaluation(Quality(12.5), None, None, 3, 64)
+    table = render(Measured(Plan(2, 8), {"a.txt": found}, num_cut=7), None, "simple")
+    assert "12.500" in table and "Reference: none" in table and "KL" not in table
+    assert table.endswith("Cut from the left to the model's length: 7 requests")
 
 
 @pytest.mark.parametrize(
