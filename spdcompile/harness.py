@@ -8,11 +8,7 @@ published ones; what runs is the compiled model, with the requests shared out ov
 from __future__ import annotations
 
 import importlib
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -22,8 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import UsageError
-
-INSTALL = "pip install 'spdcompile[eval]'"
+from spdcompile.harness_library import missing_error, quietly
 
 
 class Missing:
@@ -31,17 +26,6 @@ class Missing:
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise missing_error()
-
-
-def missing_error(found: str = "no library `lm_eval` with its Hugging Face part") -> UsageError:
-    """Says what to install."""
-    return UsageError(
-        "lm-evaluation-harness is not installed.",
-        where="tasks",
-        found=found,
-        needed="lm_eval with what it needs for Hugging Face models",
-        fix=INSTALL,
-    )
 
 
 try:
@@ -202,18 +186,3 @@ class _Callable:
         output = self._compiled(F.pad(ids, (0, missing)))
         output.logits = output.logits[:, : ids.shape[1]]
         return output
-
-
-@contextmanager
-def quietly(progress: bool) -> Iterator[None]:
-    """Keeps what the harness prints out of stdout; and out of stderr, unless it shows progress."""
-    logger = logging.getLogger("lm_eval")
-    before = logger.level
-    with ExitStack() as stack:
-        stack.callback(logger.setLevel, before)
-        logger.setLevel(logging.ERROR)
-        if not progress:
-            silent = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(redirect_stderr(silent))
-        stack.enter_context(redirect_stdout(sys.stderr))
-        yield

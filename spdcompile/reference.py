@@ -32,19 +32,19 @@ class Reference:
     """
 
     def __init__(self, source: ModelSource | CompiledModel, compiled: CompiledModel) -> None:
-        self.description, self.model = _describe(source), None
+        self.description = _describe(source)
+        self.model: PreTrainedModel | CompiledModel | None = None
         executor = compiled.executor
         ranks = executor.ranks if isinstance(executor, DistributedExecutor) else None
         self._patience = ranks.watch.patience if ranks else nullcontext
         if source == PROGRAM:
             nothing = replace(compiled.plan, dropped=frozenset())
-            self.model: PreTrainedModel | CompiledModel | None = compiled.with_mask(nothing)
+            self.model = compiled.with_mask(nothing)
         elif isinstance(source, CompiledModel):
             self.model = source
         elif ranks is None or dist.get_rank(ranks.group) == 0:
             with self._patience():
-                dtype = None if isinstance(source, PreTrainedModel) else compiled.model.dtype
-                self.model = resolve_model(source, weights=True, dtype=dtype).to(executor.device)
+                self.model = _load(source, compiled)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor | None:
@@ -59,6 +59,14 @@ class Reference:
             return self.model(tokens).logits
         with self._patience():
             return self.model(tokens.to(self.model.device)).logits
+
+
+def _load(source: ModelSource, compiled: CompiledModel) -> PreTrainedModel:
+    """A model in the dtype and on the device of the compiled one; a loaded one as it is."""
+    if isinstance(source, PreTrainedModel):
+        return resolve_model(source, weights=True)
+    model = resolve_model(source, weights=True, dtype=compiled.model.dtype)
+    return model.to(compiled.executor.device)
 
 
 def _describe(source: ModelSource | CompiledModel) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from spdcompile.errors import SpdCompileError, UsageError
-from spdcompile.harness import missing_error, quietly
+from spdcompile.harness_library import missing_error, quietly
 
 _YAML = (".yaml", ".yml")
 _SEED = 1234

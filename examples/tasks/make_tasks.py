@@ -20,8 +20,8 @@ NUM_COMPLETIONS = 32
 CUT = 12  # words of a sentence that are shown
 
 
-def main() -> None:
-    """Writes three files."""
+def main(folder: Path = FOLDER) -> None:
+    """Writes three files into a folder."""
     draw = random.Random(SEED)
     documents = [part for part in TEXT.read_text(encoding="utf-8").split("\n\n") if part.strip()]
     lines = [line for part in documents for line in part.splitlines()]
@@ -29,12 +29,12 @@ def main() -> None:
     draw.shuffle(sentences)
     asked, others = sentences[:NUM_CHOICES], sentences[NUM_CHOICES:]
     completed = others[:NUM_COMPLETIONS]
-    _write("choice", (_choice(words, others, draw) for words in asked))
-    _write("completion", (_completion(words) for words in completed))
+    _write(folder / "choice.jsonl", (_choice(words, others, draw) for words in asked))
+    _write(folder / "completion.jsonl", (_completion(words) for words in completed))
     draw.shuffle(documents)
     long = next(part for part in documents if len(part) > LONG)[:LONG]
     short = [part[:800] for part in documents if len(part) > 800][: NUM_DOCUMENTS - 1]
-    _write("rolling", ({"text": text} for text in [*short, long]))
+    _write(folder / "rolling.jsonl", ({"text": text} for text in [*short, long]))
 
 
 def _choice(words: list[str], others: list[list[str]], draw: random.Random) -> dict[str, Any]:
@@ -49,9 +49,9 @@ def _completion(words: list[str]) -> dict[str, Any]:
     return {"context": " ".join(words[:CUT]), "next": words[CUT].strip(".,;:()")}
 
 
-def _write(name: str, rows: Iterable[dict[str, Any]]) -> None:
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    (FOLDER / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from spdcompile.cli.writing import STDOUT, check_target, write_output
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import UsageError
 from spdcompile.evaluation import evaluate, evaluation_tokens
-from spdcompile.harness import HarnessLM, reference_lm
 from spdcompile.models import check_weights, resolve_model
 from spdcompile.passes.capture import decoder_layers
 from spdcompile.reference import PROGRAM, Reference
@@ -78,6 +77,9 @@ def _run_tasks(
     arguments: argparse.Namespace,
 ) -> tuple[Scores | None, Scores | None, int]:
     """What the model scores, and the reference, which rank 0 alone runs; how much was cut."""
+    # Imported here because the harness takes seconds, which texts need not wait for.
+    from spdcompile.harness import HarnessLM, reference_lm
+
     settings: dict[str, Any] = {
         "num_fewshot": arguments.num_fewshot,
         "limit": arguments.limit,

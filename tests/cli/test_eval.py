@@ -11,6 +11,8 @@ import pytest
 
 from spdcompile import Evaluation, Plan, Quality
 from spdcompile.cli.scoring import Measured, render
+from spdcompile.errors import UsageError
+from spdcompile.harness import Missing
 from tests.cli.conftest import Command, Outcome
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "tiny-llama"
@@ -119,3 +121,5 @@ def test_tasks_without_the_harness_say_what_to_install(
     outcome = command("eval", str(MODEL), "--tp", "2", "--tasks", "arc_easy")
     assert outcome.code == 2
     assert "fix    : pip install 'spdcompile[eval]'" in outcome.err
+    with pytest.raises(UsageError, match="lm-evaluation-harness is not installed"):
+        Missing("as the base class of HarnessLM")

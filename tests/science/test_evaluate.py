@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import spdcompile
+from examples.tasks import make_tasks
 from spdcompile.errors import UsageError
 from tests.models import tiny
 
@@ -106,3 +107,11 @@ def test_reference_with_another_vocabulary_is_refused() -> None:
     other = tiny("llama", layers=1)
     with pytest.raises(UsageError, match="another vocabulary"):
         spdcompile.evaluate(_compiled(), _tokens()[:, :8] % 8, reference=other, progress=False)
+
+
+def test_data_of_the_example_tasks_are_what_the_script_writes(tmp_path: Path) -> None:
+    make_tasks.main(tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["choice.jsonl", "completion.jsonl", "rolling.jsonl"]
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (make_tasks.FOLDER / name).read_bytes()
