@@ -58,7 +58,7 @@ test: $(VENV)/.installed-test
 
 test-harness: export OMP_NUM_THREADS := 1
 test-harness: $(VENV)/.installed-harness
-	$(HARNESS)/bin/python -m pytest tests/harness $(ARGS)
+	$(HARNESS)/bin/python -m pytest -n 2 --dist loadfile tests/harness $(ARGS)
 
 zoo: $(VENV)/.installed
 	$(BIN)/python -m tests.zoo --write docs/architectures.md $(ARGS)
