@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from spdcompile import __version__, log
 from spdcompile.cli import (
     calibrate,
+    distill,
     evaluate,
     export_hf,
     generate,
@@ -68,6 +69,12 @@ COMMANDS = (
         "choose which heads share a rank, and write a plan",
         group_heads.add_arguments,
         group_heads.run,
+    ),
+    Command(
+        "distill",
+        "train blocks to do without their sync points, and write a Hugging Face checkpoint",
+        distill.add_arguments,
+        distill.run,
     ),
     Command(
         "export-hf",
