@@ -13,6 +13,7 @@ from spdcompile import __version__, log
 from spdcompile.cli import (
     calibrate,
     distill,
+    evaluate,
     export_hf,
     generate,
     group_heads,
@@ -57,6 +58,12 @@ COMMANDS = (
         "measure what dropping each sync point costs on a text",
         calibrate.add_arguments,
         calibrate.run,
+    ),
+    Command(
+        "eval",
+        "measure a plan on texts and on tasks of lm-evaluation-harness, beside the unsharded model",
+        evaluate.add_arguments,
+        evaluate.run,
     ),
     Command(
         "group-heads",

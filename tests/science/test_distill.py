@@ -20,8 +20,8 @@ from spdcompile.errors import UsageError
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Part
 from spdcompile.runtime import distill as distillation
-from spdcompile.runtime.distill import Distilled
 from spdcompile.runtime.distill_settings import DistillSettings, StudentInput
+from spdcompile.runtime.distilled import Distilled
 from spdcompile.runtime.local import LocalExecutor
 from spdcompile.runtime.training import Optimizer, Schedule, Trained
 from spdcompile.runtime.weights import Weights, bind, checkpoint_tensors, unbind
