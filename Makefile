@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 QUICK ?=
 ARGS ?=
 
-.PHONY: help .venv demo test zoo lint format types clean
+.PHONY: help .venv demo test zoo study lint format types clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo [QUICK=1]   install, then run examples/demo.py"
 	@echo "make test [ARGS=...]  install, then run the tests"
 	@echo "make zoo [ARGS=...]   measure every architecture, then write docs/architectures.md"
+	@echo "make study [ARGS=...] measure what drops cost, then write docs/study.md (under an hour)"
 	@echo "make lint             ruff, formatting, spelling"
 	@echo "make format           let ruff rewrite what it can"
 	@echo "make types            pyright (needs Node.js, and fetches it where there is none)"
@@ -45,6 +46,10 @@ test: $(VENV)/.installed-test
 
 zoo: $(VENV)/.installed
 	$(BIN)/python -m tests.zoo --write docs/architectures.md $(ARGS)
+
+# What was measured stays in out/study; ARGS="--anew" forgets it, ARGS="--only NAME" repeats a section.
+study: $(VENV)/.installed-study
+	$(BIN)/python -m examples.study $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,37 +12,45 @@ from torch import Tensor
 from examples.study.context import Context
 from examples.study.naive import naive
 from examples.study.quality import Run, Score, percent
-from examples.study.section import Findings, Panel, Series, Table
+from examples.study.section import Panel, Series, Shown, Table
+from examples.study.sizes import Sizes
 
 SPD, TRAINED, NAIVE = "SPD", "SPD + B2B", "dropped without deferral"
 LAYERS, BLOCKS = "attention layers left out", "blocks left out"
 
 
-def measure(context: Context) -> Findings:
-    """Zero-shot quality at equal all-reduces saved."""
-    skipped = _skipped(context)
+_METHOD = (
+    "SPD drops the attention sync points that cost least by themselves. Beside it, at as many "
+    "all-reduces saved: the same points dropped without deferral, where each rank keeps its own "
+    "share of the attention's output and what the others would have sent is lost (quality is the "
+    "mean over the ranks, whose logits then differ); whole attention layers left out, those that "
+    "cost least by themselves on calibration text; and whole blocks, each of which saves two "
+    "all-reduces. What is left out altogether also saves weights and time, which is not counted "
+    "here, and gives the same numbers at every tp. Only SPD is also shown after distillation (B2B, "
+    "progressive, at the largest tp): the others were not trained."
+)
+
+
+def measure(context: Context) -> dict[str, Any]:
+    """Quality at equal all-reduces saved."""
     rows = []
     for tp in context.sizes.tps:
         print(f"   tp {tp}", flush=True)
         rows += _sync_points(context, tp)
-    rows += [{**row, "tp": tp} for tp in context.sizes.tps for row in skipped]
-    ends = context.sizes.tps[0], context.sizes.main_tp
-    return Findings(
+    return {"rows": rows + _skipped(context)}
+
+
+def present(numbers: Mapping[str, Any], sizes: Sizes) -> Shown:
+    """SPD beside each other way."""
+    rows = numbers["rows"]
+    ends = dict.fromkeys((sizes.tps[0], sizes.main_tp))
+    return Shown(
         title="Baselines at equal all-reduces saved",
         question="Is SPD better than other ways to save as many all-reduces?",
-        method="SPD drops the attention sync points that cost least by themselves. Beside it, at "
-        "as many all-reduces saved: the same points dropped without deferral, where each rank "
-        "keeps its own share of the attention's output and what the others would have sent is "
-        "lost (quality is the mean over the ranks, whose logits then differ); whole attention "
-        "layers left out, those that cost least by themselves on calibration text; and whole "
-        "blocks, each of which saves two all-reduces. What is left out altogether also saves "
-        "weights and time, which is not counted here, and gives the same numbers at every tp. Only "
-        "SPD is also shown after distillation (B2B, progressive, at the largest tp): the others "
-        "were not trained.",
-        tables=[_table(rows, tp) for tp in context.sizes.tps],
-        panels=[_panel(rows, tp) for tp in dict.fromkeys(ends)],
-        findings=[_finding(rows, tp) for tp in context.sizes.tps],
-        numbers={"rows": rows},
+        method=_METHOD,
+        findings=[_finding(rows, tp) for tp in sizes.tps],
+        tables=[_table(rows, tp) for tp in sizes.tps],
+        panels=[_panel(rows, tp) for tp in ends],
     )
 
 
@@ -81,6 +89,7 @@ def _skipped(context: Context) -> list[dict[str, Any]]:
             saved = round(context.num_layers * share / 100)
             left_out = order[: saved // saves]
             score = context.heldout.score(_without(context, left_out, whole))
+            # Nothing of it depends on tp, which 0 stands for.
             rows.append(_row(0, way, len(left_out) * saves, left_out, score))
     return rows
 
@@ -103,7 +112,7 @@ def _ways(rows: Sequence[dict[str, Any]], tp: int) -> dict[str, dict[int, dict[s
     """Way -> all-reduces saved -> row."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for way in (SPD, TRAINED, NAIVE, LAYERS, BLOCKS):
-        of_way = {row["saved"]: row for row in rows if (row["tp"], row["way"]) == (tp, way)}
+        of_way = {row["saved"]: row for row in rows if row["tp"] in (0, tp) and row["way"] == way}
         if of_way:
             found[way] = of_way
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache, cached_property
@@ -29,13 +30,15 @@ class Context:
     Args:
         sizes: how much of everything.
         work: directory in which distilled weights, groupings and scores are kept.
+        num_layers: the model's first so many blocks alone, for a quick run; all by default.
     """
 
-    def __init__(self, sizes: Sizes, work: Path) -> None:
+    def __init__(self, sizes: Sizes, work: Path, num_layers: int | None = None) -> None:
         self.sizes, self.work = sizes, work
         self.model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        self.num_layers: int = self.model.config.num_hidden_layers
+        self.model.model.layers = self.model.model.layers[:num_layers]
+        self.num_layers = self.model.config.num_hidden_layers = len(self.model.model.layers)
         self.compiled = cache(self._compiled)
         self.sensitivity = cache(self._sensitivity)
         self.head_groups = cache(self._head_groups)
@@ -147,7 +150,7 @@ class Context:
             trained = spdcompile.distill(
                 compiled, tokens, tp=tp, spd_mask=plan, settings=settings, progress=False
             )
-            partial = path.with_suffix(".part")
+            partial = path.with_suffix(f".{os.getpid()}")
             save_file({name: x.contiguous() for name, x in trained.tensors.items()}, partial)
             partial.rename(path)
         return dropped.with_weights(load_file(path))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from examples.study.context import Context
 from examples.study.quality import Score, percent
-from examples.study.section import Findings, Panel, Series, Table
+from examples.study.section import Panel, Series, Shown, Table
+from examples.study.sizes import Sizes
 from spdcompile import StudentInput
 
 ZERO, GROUPED = "zero-shot", "zero-shot, grouped"
@@ -16,25 +17,33 @@ TEACHER, PROGRESSIVE = "B2B, teacher inputs", "B2B, progressive"
 GROUPED_B2B = "B2B, progressive, grouped"
 
 
-def measure(context: Context) -> Findings:
+_METHOD = (
+    "The points that cost least by themselves on calibration text go first. Zero-shot: nothing is "
+    "trained. B2B: each block that loses its point learns to give the original block's output, "
+    "{steps} steps of {batch} chunks of {length} tokens out of {calibration}, all settings else "
+    "the defaults; its input is the original model's (teacher inputs) or that of the blocks "
+    "trained so far (progressive). Grouped: the heads of all blocks by the paper's criterion. At "
+    "the largest tp all shares are trained, at the others the largest share alone, to keep the "
+    "study within an hour."
+)
+
+
+def measure(context: Context) -> dict[str, Any]:
     """Zero-shot and three kinds of distillation, at each share."""
-    rows = [row for tp in context.sizes.tps for row in _at(context, tp)]
-    sizes = context.sizes
-    return Findings(
+    return {"rows": [row for tp in context.sizes.tps for row in _at(context, tp)]}
+
+
+def present(numbers: Mapping[str, Any], sizes: Sizes) -> Shown:
+    """Perplexity added by share and way."""
+    rows = numbers["rows"]
+    return Shown(
         title="Attention sync points",
         question="What does it cost to drop a share of the attention sync points, and how much "
         "do block-to-block distillation and head grouping win back?",
-        method="The points that cost least by themselves on calibration text go first. Zero-shot: "
-        "nothing is trained. B2B: each block that loses its point learns to give the original "
-        f"block's output, {sizes.steps} steps of {sizes.batch} chunks of {sizes.length} tokens out "
-        f"of {sizes.calibration}, all settings else the defaults; its input is the original "
-        "model's (teacher inputs) or that of the blocks trained so far (progressive). Grouped: "
-        "the heads of all blocks by the paper's criterion. At the largest tp all shares are "
-        "trained, at the others the largest share alone, to keep the study within an hour.",
+        method=_METHOD.format(**asdict(sizes)),
+        findings=_findings(rows, sizes.tps),
         tables=[_table(rows, tp) for tp in sizes.tps],
         panels=[_panel(rows, sizes.main_tp)],
-        findings=_findings(rows, sizes.tps),
-        numbers={"rows": rows},
     )
 
 

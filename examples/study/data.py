@@ -9,68 +9,76 @@ from typing import Any
 
 from examples.study.context import ATTENTION, Context
 from examples.study.correlation import spearman
-from examples.study.section import Findings, Kind, Panel, Series, Table
+from examples.study.section import Kind, Panel, Series, Shown, Table
+from examples.study.sizes import Sizes
 from examples.study.texts import CALIBRATION, texts_of
-from spdcompile import Method, Sensitivity
-from spdcompile.plan import Point
+from spdcompile import Method
 
-Costs = dict[Point, float]
+Costs = dict[str, float]
+"""Sync point, such as "3.attn" -> what dropping it costs."""
+
+_METHOD = (
+    "Scores of all sync points that can be dropped, by themselves (KL divergence to the undropped "
+    "model) and cumulatively (the paper's), on {scoring} chunks of {length} tokens of each text: "
+    "the calibration text (the Bible and three software manuals, what the model was trained on), "
+    "source code of Python's standard library, Python's own manual (pydoc topics), and what the "
+    "model itself writes when sampled. Spearman's rank correlation over the points."
+)
 
 
-def measure(context: Context) -> Findings:
-    """Scores of every sync point on texts of four kinds, and how they correlate."""
+def measure(context: Context) -> dict[str, Any]:
+    """Scores of every sync point on texts of four kinds."""
     texts = texts_of(context)
-    found: dict[int, dict[str, Sensitivity]] = {}
+    scores: dict[str, Any] = {}
     for tp in context.sizes.tps:
         print(f"   tp {tp}", flush=True)
-        found[tp] = {kind: context.sensitivity_on(text, tp) for kind, text in texts.items()}
+        found = {kind: context.sensitivity_on(text, tp) for kind, text in texts.items()}
+        scores[str(tp)] = {kind: sensitivity.to_dict() for kind, sensitivity in found.items()}
+    return {"scores": scores}
+
+
+def present(numbers: Mapping[str, Any], sizes: Sizes) -> Shown:
+    """How scores on two texts correlate, and the two ways of scoring on one."""
+    found = {tp: numbers["scores"][str(tp)] for tp in sizes.tps}
     pairs = [row for tp, by_text in found.items() for row in _pairs(tp, by_text)]
     methods = [row for tp, by_text in found.items() for row in _methods(tp, by_text)]
-    main = found[context.sizes.main_tp]
-    return Findings(
+    main = {kind: _alone(scores) for kind, scores in found[sizes.main_tp].items()}
+    tops = {
+        max(costs, key=costs.__getitem__)
+        for by_text in found.values()
+        for costs in map(_alone, by_text.values())
+    }
+    return Shown(
         title="Sensitivity and the data",
         question="Does it matter on which text the sensitivity of sync points is measured?",
-        method="Scores of all sync points that can be dropped, by themselves (KL divergence to "
-        f"the undropped model) and cumulatively (the paper's), on {context.sizes.scoring} chunks "
-        f"of {context.sizes.length} tokens of each text: the calibration text (the Bible and three "
-        "software manuals, what the model was trained on), source code of Python's standard "
-        "library, Python's own manual (pydoc topics), and what the model itself writes when "
-        "sampled. Spearman's rank correlation over the points.",
-        tables=[
-            _pair_table(pairs),
-            _method_table(methods),
-            _top_table(main, context.sizes.main_tp),
-        ],
-        panels=[_panel(main, context.sizes.main_tp)],
-        findings=_findings(pairs, methods, found),
-        numbers={
-            "pairs": pairs,
-            "methods": methods,
-            "scores": {
-                str(tp): {kind: sensitivity.to_dict() for kind, sensitivity in by_text.items()}
-                for tp, by_text in found.items()
-            },
-        },
+        method=_METHOD.format(scoring=sizes.scoring, length=sizes.length),
+        findings=_findings(pairs, methods, sorted(tops)),
+        tables=[_pair_table(pairs), _method_table(methods), _top_table(main, sizes.main_tp)],
+        panels=[_panel(main, sizes.main_tp)],
     )
 
 
-def _alone(sensitivity: Sensitivity) -> Costs:
+def _alone(scores: Mapping[str, Any]) -> Costs:
     """The KL divergence that each point costs by itself."""
-    found = zip(sensitivity.points, sensitivity.found[Method.ALONE], strict=True)
-    return {point: quality.kl or 0.0 for point, quality in found}
+    return {row["point"]: row[Method.ALONE.value]["kl"] for row in scores["points"]}
+
+
+def _cumulative(scores: Mapping[str, Any]) -> Costs:
+    """The paper's scores."""
+    return {row["point"]: row[Method.CUMULATIVE.value]["score"] for row in scores["points"]}
 
 
 def _correlate(one: Costs, other: Costs, kind: str | None = None) -> float:
-    points = [point for point in one if kind is None or point[1] == kind]
+    points = [point for point in one if kind is None or point.endswith(kind)]
     return spearman([one[point] for point in points], [other[point] for point in points])
 
 
-def _pairs(tp: int, found: Mapping[str, Sensitivity]) -> list[dict[str, Any]]:
+def _pairs(tp: int, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every two texts: how their scores correlate, and which points they would drop."""
     rows = []
     for one, other in combinations(found, 2):
         alone = _alone(found[one]), _alone(found[other])
-        cumulative = tuple(found[kind].scores_by(Method.CUMULATIVE) for kind in (one, other))
+        cumulative = _cumulative(found[one]), _cumulative(found[other])
         half = len(alone[0]) // 2
         chosen = [set(sorted(costs, key=costs.__getitem__)[:half]) for costs in alone]
         rows.append(
@@ -88,17 +96,16 @@ def _pairs(tp: int, found: Mapping[str, Sensitivity]) -> list[dict[str, Any]]:
     return rows
 
 
-def _methods(tp: int, found: Mapping[str, Sensitivity]) -> list[dict[str, Any]]:
+def _methods(tp: int, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """On each text: do the two ways of scoring agree?"""
     rows = []
-    for kind, sensitivity in found.items():
-        alone = _alone(sensitivity)
-        cumulative = sensitivity.scores_by(Method.CUMULATIVE)
+    for kind, scores in found.items():
+        alone, cumulative = _alone(scores), _cumulative(scores)
         rows.append(
             {
                 "tp": tp,
                 "text": kind,
-                "perplexity": sensitivity.undropped.perplexity,
+                "perplexity": scores["undropped"]["perplexity"],
                 "all": _correlate(alone, cumulative),
                 "attention": _correlate(alone, cumulative, ATTENTION),
             }
@@ -139,21 +146,18 @@ def _method_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def _top_table(found: Mapping[str, Sensitivity], tp: int) -> Table:
-    headers = ["point", *found]
-    costs = {kind: _alone(sensitivity) for kind, sensitivity in found.items()}
+def _top_table(costs: Mapping[str, Costs], tp: int) -> Table:
+    headers = ["point", *costs]
     points = sorted(costs[CALIBRATION], key=costs[CALIBRATION].__getitem__, reverse=True)
     cells = [
-        [f"{layer}.{name}", *(f"{by_point[layer, name]:.4f}" for by_point in costs.values())]
-        for layer, name in points
+        [point, *(f"{by_point[point]:.4f}" for by_point in costs.values())] for point in points
     ]
     return Table(f"KL divergence of each point dropped by itself, tp {tp}", headers, cells)
 
 
-def _panel(found: Mapping[str, Sensitivity], tp: int) -> Panel:
+def _panel(costs: Mapping[str, Costs], tp: int) -> Panel:
     series = [
-        Series(kind, [f"{layer}.{name}" for layer, name in costs], list(costs.values()))
-        for kind, costs in ((kind, _alone(sensitivity)) for kind, sensitivity in found.items())
+        Series(kind, list(by_point), list(by_point.values())) for kind, by_point in costs.items()
     ]
     return Panel(
         f"each point dropped by itself, tp {tp}",
@@ -168,26 +172,20 @@ def _panel(found: Mapping[str, Sensitivity], tp: int) -> Panel:
 def _findings(
     pairs: Sequence[Mapping[str, Any]],
     methods: Sequence[Mapping[str, Any]],
-    found: Mapping[int, Mapping[str, Sensitivity]],
+    tops: Sequence[str],
 ) -> list[str]:
     alone = [row["alone"] for row in pairs]
     cumulative = [row["cumulative"] for row in pairs]
     agreeing = [row["all"] for row in methods]
     shared = [row["half_shared"] for row in pairs]
-    tops = {
-        max(costs, key=costs.__getitem__)
-        for by_text in found.values()
-        for costs in (_alone(sensitivity) for sensitivity in by_text.values())
-    }
-    names = ", ".join(f"{layer}.{name}" for layer, name in sorted(tops))
     return [
-        f"Points dropped by themselves are compared on any two texts: Spearman "
+        f"Scores of points by themselves, on any two texts: Spearman "
         f"{median(alone):+.2f} in the median, {min(alone):+.2f} to {max(alone):+.2f}. The half "
         f"with the lower scores is shared to {median(shared):.0%} in the median, to "
         f"{min(shared):.0%} at least.",
         f"Cumulative scores: {median(cumulative):+.2f} in the median, {min(cumulative):+.2f} to "
         f"{max(cumulative):+.2f}.",
-        "The most sensitive point by itself, over all texts and tp: " + names + ".",
+        "The most sensitive point by itself, over all texts and tp: " + ", ".join(tops) + ".",
         f"On one and the same text the two ways of scoring correlate at {median(agreeing):+.2f} "
         f"in the median, {min(agreeing):+.2f} to {max(agreeing):+.2f}.",
     ]

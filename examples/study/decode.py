@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 from examples.study.context import Context
 from examples.study.plans import one_sync_per
 from examples.study.quality import percent
-from examples.study.section import Findings, Kind, Panel, Series, Table
+from examples.study.section import Kind, Panel, Series, Shown, Table
+from examples.study.sizes import Sizes
 from spdcompile import CompiledModel
 
 
@@ -32,31 +33,39 @@ class Texts:
     chunks: Tensor
 
 
-def measure(context: Context) -> Findings:
+_METHOD = (
+    "Greedy continuations of {prompts} held-out prompts of {prompt_length} tokens by {new_tokens} "
+    "tokens, beside those of the unsharded model: the mean number of first tokens that are equal, "
+    "the share of all tokens that are equal at their place, and the share of continuations that "
+    "are equal throughout. Once a token differs, what follows is another text, so that the share "
+    "of equal tokens is low even where each of them is as good. Perplexity of {decode_chunks} "
+    "held-out chunks of {decode_length} tokens, in one pass (prefill) and token by token through "
+    "the cache."
+)
+
+
+def measure(context: Context) -> dict[str, Any]:
     """Greedy continuations, and perplexity through a KV cache, at several masks."""
     texts = _texts(context)
-    rows = [row for tp in dict.fromkeys(_ends(context)) for row in _at(context, tp, texts)]
-    sizes = context.sizes
-    return Findings(
+    return {"rows": [row for tp in _ends(context.sizes) for row in _at(context, tp, texts)]}
+
+
+def present(numbers: Mapping[str, Any], sizes: Sizes) -> Shown:
+    """What each program writes, and how well it reads."""
+    rows = numbers["rows"]
+    return Shown(
         title="Decode",
         question="Does what holds for prefill hold for decoding with a KV cache?",
-        method=f"Greedy continuations of {sizes.prompts} held-out prompts of "
-        f"{sizes.prompt_length} tokens by {sizes.new_tokens} tokens, beside those of the "
-        "unsharded model: the mean number of first tokens that are equal, the share of all "
-        "tokens that are equal at their place, and the share of continuations that are equal "
-        "throughout. Once a token differs, what follows is another text, so that the share of "
-        "equal tokens is low even where each of them is as good. Perplexity of "
-        f"{sizes.decode_chunks} held-out chunks of {sizes.decode_length} tokens, in one pass "
-        "(prefill) and token by token through the cache.",
-        tables=[_table(rows, tp) for tp in dict.fromkeys(_ends(context))],
-        panels=[_panel(rows)],
+        method=_METHOD.format(**asdict(sizes)),
         findings=_findings(rows, sizes.new_tokens),
-        numbers={"rows": rows},
+        tables=[_table(rows, tp) for tp in _ends(sizes)],
+        panels=[_panel(rows)],
     )
 
 
-def _ends(context: Context) -> tuple[int, int]:
-    return context.sizes.tps[0], context.sizes.main_tp
+def _ends(sizes: Sizes) -> tuple[int, ...]:
+    """The fewest and the most ranks."""
+    return tuple(dict.fromkeys((sizes.tps[0], sizes.main_tp)))
 
 
 def _texts(context: Context) -> Texts:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
-from examples.study.section import Section, Table
+from examples.study.section import Result, Shown, Table
+from examples.study.sections import SECTIONS
 
 _HEAD = """# The study
 
@@ -27,7 +27,7 @@ or `mlp` for its two sync points.
 """
 
 
-def write(sections: Sequence[Section], path: Path) -> None:
+def write(results: Sequence[Result], path: Path) -> None:
     """Writes the page, and beside it a folder with each section's JSON and PNG.
 
     Args:
@@ -38,27 +38,32 @@ def write(sections: Sequence[Section], path: Path) -> None:
 
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    for section in sections:
-        text = json.dumps(section.to_dict(), indent=1)
-        (folder / f"{section.name}.json").write_text(text + "\n", encoding="utf-8")
-        draw(section.panels, folder / f"{section.name}.png")
-    path.write_text(page(sections, folder.name), encoding="utf-8")
+    for result in results:
+        result.save(folder / f"{result.name}.json")
+        draw(shown(result).panels, folder / f"{result.name}.png")
+    path.write_text(page(results, folder.name), encoding="utf-8")
 
 
-def page(sections: Sequence[Section], folder: str) -> str:
+def shown(result: Result) -> Shown:
+    """What a section's numbers are shown as."""
+    return SECTIONS[result.name].present(result.numbers, result.sizes)
+
+
+def page(results: Sequence[Result], folder: str) -> str:
     """The page as Markdown."""
-    contents = [f"- [{section.title}](#{_anchor(section.title)})" for section in sections]
-    bodies = [_body(section, folder) for section in sections]
-    return "\n".join([_HEAD, *contents, "", *bodies])
+    titles = [shown(result).title for result in results]
+    contents = [f"- [{title}](#{_anchor(title)})" for title in titles]
+    return "\n".join([_HEAD, *contents, "", *(_body(result, folder) for result in results)])
 
 
-def _body(section: Section, folder: str) -> str:
+def _body(result: Result, folder: str) -> str:
+    section = shown(result)
     lines = [f"## {section.title}", "", section.question, ""]
     lines += [f"- {sentence}" for sentence in section.findings]
-    lines += ["", f"![{section.title}]({folder}/{section.name}.png)", ""]
+    lines += ["", f"![{section.title}]({folder}/{result.name}.png)", ""]
     for table in section.tables:
         lines += [f"{table.title}:", "", _table(table), ""]
-    lines += [section.method, "", _facts(section, folder), ""]
+    lines += [section.method, "", _facts(result, folder), ""]
     return "\n".join(lines)
 
 
@@ -66,12 +71,12 @@ def _table(table: Table) -> str:
     return tabulate(table.rows, table.headers, tablefmt="pipe", disable_numparse=True)
 
 
-def _facts(section: Section, folder: str) -> str:
-    facts = section.facts
+def _facts(result: Result, folder: str) -> str:
+    facts = result.facts
     return (
-        f"({facts['machine']}, {facts['threads']} threads, torch {facts['torch']}, transformers "
+        f"({facts['machine']}, {facts['threads']} thread, torch {facts['torch']}, transformers "
         f"{facts['transformers']}, {facts['date']}, {facts['seconds']:.0f} s; "
-        f"[numbers]({folder}/{section.name}.json))"
+        f"[numbers]({folder}/{result.name}.json))"
     )
 
 

@@ -46,6 +46,9 @@ def _draw(panel: Panel, at: Axes) -> None:
         at.set_yscale("log")
     elif panel.log:
         at.set_yscale("symlog", linthresh=0.1)  # distillation may do good
+    numbers = {x for series in panel.series for x in series.x if isinstance(x, int)}
+    if numbers and panel.kind is not Kind.BARS:
+        at.set_xticks(sorted(numbers))
     at.set_title(panel.title, fontsize=10)
     at.set_xlabel(panel.x_label)
     at.set_ylabel(panel.y_label)
@@ -63,4 +66,4 @@ def _draw_bars(panel: Panel, at: Axes) -> None:
     at.set_xticks(range(len(names)), [str(name) for name in names])
     longest = max(len(str(name)) for name in names)
     if longest * len(names) > 60:
-        at.tick_params(axis="x", labelrotation=30)
+        plt.setp(at.get_xticklabels(), rotation=30, ha="right", rotation_mode="anchor")

@@ -12,13 +12,26 @@ import numpy as np
 from examples.study.context import ATTENTION, Context
 from examples.study.correlation import chance, spearman
 from examples.study.quality import percent
-from examples.study.section import Findings, Kind, Panel, Series, Table
+from examples.study.section import Kind, Panel, Series, Shown, Table
+from examples.study.sizes import Sizes
+from spdcompile import CompiledModel
 from spdcompile.plan import HeadGroups
 from spdcompile.runtime.grouping import within
 from spdcompile.runtime.heads import head_distances, shard_norms
 
 AS_IS, PAPER = "in order", "the paper's"
 WORST, OTHERS = "block 0", "the others"
+
+_METHOD = (
+    "The heads of every block are dealt to the ranks in order, at random ({draws} draws), and by "
+    "the paper's criterion (largest distances between attention scores within a rank, then matched "
+    "to the MLP shards by the norms of their outputs). Nothing is trained. Dropped is the "
+    "attention sync point of block 0 alone, or those of all other blocks together. The best draw "
+    "is chosen by the KL divergence on calibration text; the figures are those of held-out text. A "
+    "criterion that knows what helps would correlate with the KL divergence at -1: it calls large "
+    "distances and norms good. p says how often a random order correlates as strongly. With one "
+    "head a rank nothing but the matching to the MLP shards is left, and all distances are zero."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,42 +54,30 @@ class Assignment:
     norm: float
 
 
-def measure(context: Context) -> Findings:
+def measure(context: Context) -> dict[str, Any]:
     """Groupings in order, at random and by the paper's criterion, zero-shot."""
     found = [row for tp in context.sizes.tps for row in _at(context, tp)]
-    cases = [(tp, scope) for tp in context.sizes.tps for scope in (WORST, OTHERS)]
+    return {"assignments": [asdict(row) for row in found]}
+
+
+def present(numbers: Mapping[str, Any], sizes: Sizes) -> Shown:
+    """The draws beside the others, and how the criteria rank them."""
+    found = [Assignment(**row) for row in numbers["assignments"]]
+    cases = [(tp, scope) for tp in sizes.tps for scope in (WORST, OTHERS)]
     by_case = {case: [row for row in found if (row.tp, row.scope) == case] for case in cases}
     ablation = {case: _ablation(rows) for case, rows in by_case.items()}
     correlations = {case: _correlations(rows) for case, rows in by_case.items()}
-    draws = context.sizes.draws
-    return Findings(
+    return Shown(
         title="Head grouping",
         question="Does it matter which heads share a rank, and do the paper's criteria rank "
         "groupings as the loss does?",
-        method=f"The heads of every block are dealt to the ranks in order, at random ({draws} "
-        "draws), and by the paper's criterion (largest distances between attention scores within "
-        "a rank, then matched to the MLP shards by the norms of their outputs). Nothing is "
-        "trained. Dropped is the attention sync point of block 0 alone, or those of all other "
-        "blocks together. The best draw is chosen by the KL divergence on calibration text; the "
-        "figures are those of held-out text. A criterion that knows what helps would correlate "
-        "with the KL divergence at -1: it calls large distances and norms good. p says how often "
-        "a random order correlates as strongly. With one head a rank nothing but the matching to "
-        "the MLP shards is left, and all distances are zero.",
-        tables=[_ablation_table(ablation), _correlation_table(correlations)],
-        panels=[_panel(scope, ablation, context.sizes.tps) for scope in (WORST, OTHERS)],
+        method=_METHOD.format(draws=sizes.draws),
         findings=[
-            *(_ablation_text(*case, row, draws) for case, row in ablation.items()),
+            *(_ablation_text(*case, row, sizes.draws) for case, row in ablation.items()),
             *_verdicts(correlations),
         ],
-        numbers={
-            "assignments": [asdict(row) for row in found],
-            "ablation": [
-                {"tp": tp, "scope": scope, **row} for (tp, scope), row in ablation.items()
-            ],
-            "correlations": [
-                {"tp": tp, "scope": scope, **row} for (tp, scope), row in correlations.items()
-            ],
-        },
+        tables=[_ablation_table(ablation), _correlation_table(correlations)],
+        panels=[_panel(scope, found) for scope in (WORST, OTHERS)],
     )
 
 
@@ -89,7 +90,7 @@ def _at(context: Context, tp: int) -> list[Assignment]:
     rows = []
     for name, groups in _assignments(context, tp).items():
         print(f"   tp {tp}, {name}", flush=True)
-        compiled = context.compile(tp, groups)
+        compiled = _compiled(context, tp, name, groups)
         norms = shard_norms(compiled.executor, tokens, layers, ATTENTION, progress=False)
         for scope, scoped in ((WORST, [0]), (OTHERS, [*range(1, context.num_layers)])):
             dropped = context.dropped(compiled, [(layer, ATTENTION) for layer in scoped])
@@ -100,6 +101,13 @@ def _at(context: Context, tp: int) -> list[Assignment]:
             measured = (held.increase, held.error, held.kl, chosen_by, apart, norm)
             rows.append(Assignment(tp, scope, name, *measured))
     return rows
+
+
+def _compiled(context: Context, tp: int, name: str, groups: HeadGroups) -> CompiledModel:
+    """The model with these groups; compiled anew for random ones alone."""
+    if name in (AS_IS, PAPER):
+        return context.compiled(tp, name == PAPER)
+    return context.compile(tp, groups)
 
 
 def _assignments(context: Context, tp: int) -> dict[str, HeadGroups]:
@@ -174,21 +182,17 @@ def _correlation_table(correlations: Mapping[tuple[int, str], Mapping[str, float
     return Table("Spearman correlation of each criterion with the KL divergence", headers, rows)
 
 
-def _panel(
-    scope: str, ablation: Mapping[tuple[int, str], Mapping[str, Any]], tps: Sequence[int]
-) -> Panel:
-    rows = [ablation[tp, scope] for tp in tps]
-    shown = {
-        "in order": "in_order",
-        "random, least": "random_least",
-        "random, median": "random_median",
-        "random, most": "random_most",
-        "the paper's": "paper",
-        "best draw by calibration": "best_draw",
-    }
-    names = [f"tp {tp}" for tp in tps]
-    series = [Series(label, names, [row[key] for row in rows]) for label, key in shown.items()]
-    return Panel(f"attention dropped in {scope}", "ranks", "perplexity added, %", series, Kind.BARS)
+def _panel(scope: str, rows: Sequence[Assignment]) -> Panel:
+    own = [row for row in rows if row.scope == scope]
+    labels = {AS_IS: "in order", PAPER: "the paper's"}
+    series = []
+    for label in ("random draws", *labels.values()):
+        shown = [row for row in own if labels.get(row.name, "random draws") == label]
+        names = [f"tp {row.tp}" for row in shown]
+        series.append(Series(label, names, [row.increase for row in shown]))
+    return Panel(
+        f"attention dropped in {scope}", "ranks", "perplexity added, %", series, Kind.POINTS
+    )
 
 
 def _ablation_text(tp: int, scope: str, row: Mapping[str, Any], draws: int) -> str:

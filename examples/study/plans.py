@@ -25,7 +25,7 @@ def one_sync_per(sublayers: int, num_layers: int) -> Points:
 
 def mlp_points(num_layers: int, step: int = 1) -> Points:
     """Each `step`-th MLP point but the last block's."""
-    return frozenset((layer, MLP) for layer in range(0, num_layers - 1, step))
+    return frozenset((layer, MLP) for layer in range(step - 1, num_layers - 1, step))
 
 
 def inner_attention(num_layers: int) -> Points:
@@ -34,9 +34,9 @@ def inner_attention(num_layers: int) -> Points:
 
 
 def run_of(count: int, num_layers: int) -> Points:
-    """A run of sync points one after the other, as far back as it goes: before the last one."""
-    total = 2 * num_layers
-    return frozenset(point(number) for number in range(total - 1 - count, total - 1))
+    """A run of sync points one after the other, up to the last one, which is kept."""
+    last = 2 * num_layers - 1
+    return frozenset(point(number) for number in range(max(last - count, 0), last))
 
 
 def beyond(num_layers: int) -> dict[str, Points]:

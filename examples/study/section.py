@@ -1,11 +1,17 @@
-"""A section of the study as data: what was asked, measured and found."""
+"""What a section of the study is: numbers that are measured, and what they are shown as."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
+
+from examples.study.context import Context
+from examples.study.sizes import Sizes
+from spdcompile.files import write_whole
 
 
 class Kind(StrEnum):
@@ -47,58 +53,63 @@ class Panel:
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
-    """One section.
+class Shown:
+    """What a section says and shows; made from its numbers alone.
 
     Args:
-        name: names its files.
         question: what it answers, in one sentence.
         method: how it was measured.
-        tables, panels: what is shown.
         findings: sentences, computed from the numbers.
-        numbers: everything that was measured, as JSON data.
-        facts: sizes, machine, versions, date and seconds of the run.
+        tables, panels: what is shown.
     """
 
-    name: str
     title: str
     question: str
     method: str
+    findings: Sequence[str]
     tables: Sequence[Table]
     panels: Sequence[Panel]
-    findings: Sequence[str]
-    numbers: Mapping[str, Any]
-    facts: Mapping[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Section:
-        """What `to_dict` gave."""
-        tables = [Table(**table) for table in data["tables"]]
-        panels = [
-            Panel(
-                **{
-                    **panel,
-                    "series": [Series(**series) for series in panel["series"]],
-                    "kind": Kind(panel["kind"]),
-                }
-            )
-            for panel in data["panels"]
-        ]
-        return cls(**{**data, "tables": tables, "panels": panels})
 
 
 @dataclass(frozen=True, slots=True)
-class Findings:
-    """What a section's module gives: the section without its name and the facts of the run."""
+class Result:
+    """What was measured for a section, as JSON data.
 
-    title: str
-    question: str
-    method: str
-    tables: Sequence[Table]
-    panels: Sequence[Panel]
-    findings: Sequence[str]
+    Args:
+        name: names its files.
+        numbers: everything that was measured.
+        facts: machine, versions, date and seconds of the run, and its sizes.
+    """
+
+    name: str
     numbers: Mapping[str, Any]
+    facts: Mapping[str, Any]
+
+    def save(self, path: Path) -> None:
+        """Writes it, whole or not at all."""
+        write_whole(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """What `save` wrote."""
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return cls(data["name"], data["numbers"], data["facts"])
+
+    @property
+    def sizes(self) -> Sizes:
+        """How much was measured."""
+        given = self.facts["sizes"]
+        return Sizes(**{**given, "tps": tuple(given["tps"]), "shares": tuple(given["shares"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One question of the study.
+
+    Args:
+        measure: takes all the time; its numbers are JSON data.
+        present: says what the numbers say.
+    """
+
+    measure: Callable[[Context], Mapping[str, Any]]
+    present: Callable[[Mapping[str, Any], Sizes], Shown]

@@ -1,19 +1,16 @@
-"""The sections of the study, in order."""
+"""The sections of the study, in the order of the page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from examples.study import baselines, curve, data, decode, grouping
+from examples.study.section import Section
 
-from examples.study import baselines, curve, data, decode, grouping, segments, worst
-from examples.study.context import Context
-from examples.study.section import Findings
-
-SECTIONS: dict[str, Callable[[Context], Findings]] = {
-    "curve": curve.measure,
-    "segments": segments.measure,
-    "grouping": grouping.measure,
-    "data": data.measure,
-    "worst": worst.measure,
-    "baselines": baselines.measure,
-    "decode": decode.measure,
+SECTIONS: dict[str, Section] = {
+    "curve": Section(curve.measure, curve.present),
+    # "segments": Section(segments.measure, segments.present),
+    "grouping": Section(grouping.measure, grouping.present),
+    "data": Section(data.measure, data.present),
+    # "worst": Section(worst.measure, worst.present),
+    "baselines": Section(baselines.measure, baselines.present),
+    "decode": Section(decode.measure, decode.present),
 }

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from examples.study.context import Context
 from examples.study.plans import beyond
 from examples.study.quality import percent
-from examples.study.section import Findings, Kind, Panel, Series, Table
+from examples.study.section import Kind, Panel, Series, Shown, Table
+from examples.study.sizes import Sizes
+
+_METHOD = (
+    "Sub-layers are counted in program order, attention and MLP in turn, and the last point is "
+    "always kept. Distilled as in the first section, progressive, at the largest tp: the unit is "
+    "the run of blocks between two kept points, trained to give what the original blocks give at "
+    "its end."
+)
 
 
-def measure(context: Context) -> Findings:
+def measure(context: Context) -> dict[str, Any]:
     """Plans over all sync points, zero-shot and distilled."""
     rows = [row for tp in context.sizes.tps for row in _at(context, tp)]
-    sizes = context.sizes
-    return Findings(
+    return {"rows": rows, "points": 2 * context.num_layers}
+
+
+def present(numbers: Mapping[str, Any], sizes: Sizes) -> Shown:
+    """What each plan costs."""
+    rows, total = numbers["rows"], numbers["points"]
+    return Shown(
         title="Beyond attention",
         question="What does it cost to drop MLP sync points, runs of points, or all but a few?",
-        method="Sub-layers are counted in program order, attention and MLP in turn, and the last "
-        "point is always kept. Distilled as in the first section, progressive, at the largest tp: "
-        "the unit is the run of blocks between two kept points, trained to give what the "
-        "original blocks give at its end.",
-        tables=[_table(rows, sizes.tps, 2 * context.num_layers)],
-        panels=[_panel(rows, sizes.main_tp)],
-        findings=_findings(rows, sizes.tps, 2 * context.num_layers),
-        numbers={"rows": rows},
+        method=_METHOD,
+        findings=_findings(rows, sizes.tps, total),
+        tables=[_table(rows, sizes.tps, total)],
+        panels=[_panel(rows, sizes.main_tp, total)],
     )
 
 
@@ -67,7 +76,7 @@ def _table(rows: Sequence[dict[str, Any]], tps: Sequence[int], total: int) -> Ta
     return Table("Perplexity added", headers, cells)
 
 
-def _panel(rows: Sequence[dict[str, Any]], tp: int) -> Panel:
+def _panel(rows: Sequence[dict[str, Any]], tp: int, total: int) -> Panel:
     own = sorted((row for row in rows if row["tp"] == tp), key=lambda row: row["dropped"])
     dropped = [row["dropped"] for row in own]
     series = [
@@ -76,7 +85,7 @@ def _panel(rows: Sequence[dict[str, Any]], tp: int) -> Panel:
     ]
     return Panel(
         f"plans of the table, tp {tp}",
-        "sync points dropped, of 16",
+        f"sync points dropped, of {total}",
         "perplexity added, % (log)",
         series,
         Kind.POINTS,

@@ -70,3 +70,4 @@ QUICK = Sizes(
     decode_chunks=2,
     decode_length=8,
 )
+QUICK_LAYERS = 3  # of the model's blocks, the first ones

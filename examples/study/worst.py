@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from examples.study.context import ATTENTION, MLP, Context
 from examples.study.quality import percent
-from examples.study.section import Findings, Kind, Panel, Series, Table
+from examples.study.section import Kind, Panel, Series, Shown, Table
+from examples.study.sizes import Sizes
 from spdcompile.plan import Point
 
 KEPT, LOST = "sync point of the worst block kept", "dropped, another kept"
 
 
-def measure(context: Context) -> Findings:
+_METHOD = (
+    "The worst point is the attention point that costs most by itself on calibration text. At one "
+    "attention point kept: all other attention points dropped, against all but the least sensitive "
+    "one. At none more kept: all other attention points and the least sensitive MLP point dropped, "
+    "against all attention points. Distilled as in the first section (progressive); grouped by the "
+    "paper's criterion."
+)
+
+
+def measure(context: Context) -> dict[str, Any]:
     """Plans of as many all-reduces, with and without the worst block's."""
-    rows = [row for tp in dict.fromkeys(_tps(context)) for row in _at(context, tp)]
-    return Findings(
+    ends = dict.fromkeys((context.sizes.tps[0], context.sizes.main_tp))
+    return {"rows": [row for tp in ends for row in _at(context, tp)]}
+
+
+def present(numbers: Mapping[str, Any], sizes: Sizes) -> Shown:
+    """What keeping the worst block's point is worth."""
+    rows = numbers["rows"]
+    return Shown(
         title="The worst block",
         question="At equally many all-reduces kept, is it better to distil the most sensitive "
         "block, with head grouping, or to keep its sync point and drop another?",
-        method="The worst point is the attention point that costs most by itself on calibration "
-        "text. At 7 dropped: all other attention points, against all attention points but the "
-        "least sensitive one. At 8 dropped: all other attention points and the least sensitive "
-        "MLP point, against all attention points. Distilled as in the first section (progressive); "
-        "grouped by the paper's criterion.",
+        method=_METHOD,
+        findings=_findings(rows),
         tables=[_table(rows)],
         panels=[_panel(rows)],
-        findings=_findings(rows),
-        numbers={"rows": rows},
     )
-
-
-def _tps(context: Context) -> tuple[int, int]:
-    return context.sizes.tps[0], context.sizes.main_tp
 
 
 def _plans(context: Context, tp: int) -> list[tuple[str, frozenset[Point]]]:
