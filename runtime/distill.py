@@ -1,16 +1,18 @@
-"""Block-to-block distillation (SPD, arXiv 2502.20727): a block without its sync point learns to
-give what the original block gives.
+"""Block-to-block distillation (SPD, arXiv 2502.20727): blocks without their sync points learn to
+give what the original blocks give.
 
-Each block is trained on its own, by MSE between its output and the original block's, only its own
-parameters moving. It runs as extracted from the program, all ranks at once, and what comes out is
-an ordinary checkpoint again: shards are disjoint, and what is replicated stays one tensor.
+The unit is a segment (segments.py): a single block where the plan keeps each block's last point, as
+the paper has it, else a run of blocks. It is trained on its own, by MSE between its output and the
+original's, only its own parameters moving, all ranks at once. What comes out is an ordinary
+checkpoint again: shards are disjoint, and what is replicated stays one tensor.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,59 +20,49 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from spdcompile.errors import RefusalError
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Part
 from spdcompile.passes.drop import PointName
 from spdcompile.plan import Router
 from spdcompile.runtime.data import batches_of
-from spdcompile.runtime.executor import Executor
+from spdcompile.runtime.distill_settings import DistillSettings, StudentInput
+from spdcompile.runtime.hidden import HiddenStates, hidden_states
 from spdcompile.runtime.inputs import program_inputs
 from spdcompile.runtime.local import LocalExecutor
-from spdcompile.runtime.weights import bind, unbind
+from spdcompile.runtime.record import Record, key_of
+from spdcompile.runtime.segments import (
+    Segment,
+    bound,
+    read_after,
+    run_parts,
+    segments_of,
+    trainable,
+)
+from spdcompile.runtime.training import (
+    Loss,
+    Tensors,
+    train,
+)
 
 Values = dict[str, Tensor]
 
 
-class StudentInput(enum.Enum):
-    """What the student block is fed; the target is the original block's output in both."""
-
-    TEACHER = "teacher"
-    """The original model's hidden states: every block is trained for itself."""
-    PROGRESSIVE = "progressive"
-    """The hidden states that the blocks replaced so far give: a block also mends what they left."""
-
-
 @dataclass(frozen=True, slots=True)
-class DistillSettings:
-    """How a block is trained.
+class SegmentHistory:
+    """How a segment's training went.
 
     Args:
-        student_input: see StudentInput.
-        steps: optimiser steps a block.
-        learning_rate: the peak; it rises over the first tenth of the steps and falls to zero.
-        batch_size: chunks a step.
-        seed: for the order of the batches.
+        layers: its decoder layers.
+        before, after: its loss over the held-out chunks, or over all of them if none are held out.
+        steps: those taken.
+        loss: "mse" of hidden states, or "kl", the divergence of the logits in nats per token.
     """
 
-    student_input: StudentInput = StudentInput.PROGRESSIVE
-    steps: int = 80
-    learning_rate: float = 1e-3
-    batch_size: int = 8
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class BlockHistory:
-    """How a block's training went.
-
-    Args:
-        before, after: MSE over the whole calibration set.
-    """
-
-    layer: int
+    layers: tuple[int, ...]
     before: float
     after: float
+    steps: int
+    loss: str = "mse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +71,11 @@ class Distilled:
 
     Args:
         tensors: new global tensors under their state_dict names.
-        history: one entry a distilled block, in order.
+        history: one entry a distilled segment, in order.
     """
 
     tensors: Mapping[str, Tensor]
-    history: tuple[BlockHistory, ...] = field(default=())
+    history: tuple[SegmentHistory, ...] = field(default=())
 
     def apply_to(self, model: PreTrainedModel) -> None:
         """Writes the new tensors into a model, in its own dtype."""
@@ -102,134 +94,195 @@ def distill(
     settings: DistillSettings | None = None,
     progress: bool = True,
 ) -> Distilled:
-    """Trains every block that loses a sync point to give what the original block gives.
+    """Trains every segment that loses a sync point to give what the original gives.
+
+    Memory holds the hidden states up to `settings.memory_bytes`, and of one segment the gradients,
+    the optimiser's state and a batch's activations.
 
     Args:
         base: the program before anything is dropped.
         teacher: runs it, eagerly; its weights stay as they are; float32 is advised.
         tokens: calibration chunks, int64 [chunks, length].
-        points: the sync points to drop; the last one of each block must stay.
+        points: the sync points to drop.
         router: what routers read where a dropped point is pending.
 
     Raises:
         RefusalError: a point cannot be dropped.
-        UsageError: the tokens do not fit.
+        UsageError: the tokens do not fit, or what an earlier run left cannot be read.
+        SaveError: there is no room for hidden states or results.
     """
     settings = settings or DistillSettings()
     dropped = pipeline.advance(base, pipeline.changing(points, router)).program
-    trainer = _Trainer(teacher, teacher.with_program(dropped), settings)
-    return trainer.run(list(batches_of(tokens, settings.batch_size)), progress)
+    student = teacher.with_program(dropped)
+    record = Record(settings.resume, key_of(teacher, tokens, _keyed(points, router, settings)))
+    with hidden_states(settings.scratch, settings.memory_bytes) as states:
+        run = _Distillation(teacher, student, tokens, record, settings, states)
+        return run.run(progress)
 
 
-class _Trainer:
-    """Goes through the blocks once, carrying the teacher's and the student's hidden states."""
+def _keyed(
+    points: frozenset[PointName], router: Router, settings: DistillSettings
+) -> dict[str, Any]:
+    """What the result depends on besides weights and tokens, as JSON data."""
+    places = {"memory_bytes", "scratch", "resume"}
+    return {
+        "points": sorted(points),
+        "router": router.value,
+        **{
+            name: value.value if isinstance(value, enum.Enum) else value
+            for name, value in asdict(settings).items()
+            if name not in places
+        },
+    }
 
-    def __init__(self, teacher: Executor, student: Executor, settings: DistillSettings) -> None:
+
+class _Distillation:
+    """Goes through the segments once, carrying the teacher's and the student's hidden states."""
+
+    def __init__(
+        self,
+        teacher: LocalExecutor,
+        student: LocalExecutor,
+        tokens: Tensor,
+        record: Record,
+        settings: DistillSettings,
+        states: HiddenStates,
+    ) -> None:
         self.teacher, self.student, self.settings = teacher, student, settings
-        self.student.params = dict(teacher.params)
+        self.record, self.states = record, states
+        self.batches = list(batches_of(tokens, settings.batch_size))
+        self.segments = segments_of(teacher.program, student.program)
+        held = round(len(self.batches) * settings.held_out)
+        self.training = range(len(self.batches) - held)
+        self.held_out = range(len(self.batches) - held, len(self.batches))
 
-    def run(self, batches: list[Tensor], progress: bool) -> Distilled:
-        """Distils block by block."""
-        teaching = [self._start(batch) for batch in batches]
-        learning = [dict(env) for env in teaching]
-        changed: dict[str, Tensor] = {}
+    def run(self, progress: bool) -> Distilled:
+        """Distils segment by segment."""
+        progressive = self.settings.student_input is StudentInput.PROGRESSIVE
+        teaching = [self._start(batch) for batch in self.batches]
+        learning = teaching
+        changed: Tensors = {}
         history = []
-        pairs = zip(self.teacher.program.parts, self.student.program.parts, strict=True)
-        blocks = [pair for pair in pairs if pair[0].layer is not None]
-        _check_outputs(blocks)
-        for original, part in tqdm(blocks, desc="distil", unit="block", disable=not progress):
-            targets = [self._advance(self.teacher, original, env) for env in teaching]
-            if part.dropped:
-                progressive = self.settings.student_input is StudentInput.PROGRESSIVE
-                inputs = learning if progressive else teaching
-                history.append(self._train(part, inputs, targets))
-                changed.update(unbind(part, self.student.params[part.name]))
-            for env in learning:
-                self._advance(self.student, part, env, keep=True)
-            for env, target in zip(teaching, targets, strict=True):
-                env.update(target)
+        begin: list[Values] = []
+        left = sum(segment.drops for segment in self.segments) * self._steps
+        left += self.settings.logit_steps
+        with tqdm(total=left, desc="distil", unit="step", disable=not progress) as bar:
+            for segment in self.segments:
+                taught = self._advanced(self.teacher, segment.original, segment, teaching)
+                found: Tensors = {}
+                if segment.drops:
+                    begin = begin or teaching
+                    entry, found = self._distilled(segment, learning, taught, bar)
+                    history.append(entry)
+                    changed.update(found)
+                if progressive:
+                    learning = self._advanced(self.student, segment.parts, segment, learning, found)
+                teaching = taught
+                learning = learning if progressive else teaching
+                self.teacher.release()
+            if history and self.settings.logit_steps:
+                entry, found = self._by_logits(history[0].layers[0], changed, begin, taught, bar)
+                history.append(entry)
+                changed.update(found)
         return Distilled(changed, tuple(history))
+
+    @property
+    def _steps(self) -> int:
+        return self.settings.training.steps_over(len(self.training))
 
     @torch.no_grad()
     def _start(self, batch: Tensor) -> Values:
         env = program_inputs(self.teacher.program, batch.to(self.teacher.device))
         self.teacher.run_parts(env, self.teacher.program.parts[:1])
-        return env
+        return self.states.keep(env)
 
     @torch.no_grad()
-    def _advance(
-        self, executor: Executor, part: Part, env: Values, *, keep: bool = False
-    ) -> Values:
-        outputs = executor.call(part, env)
-        if keep:
-            env.update(outputs)
-        return outputs
+    def _advanced(
+        self,
+        executor: LocalExecutor,
+        parts: Sequence[Part],
+        segment: Segment,
+        before: list[Values],
+        tensors: Tensors | None = None,
+    ) -> list[Values]:
+        """What is read after a segment, from what was there before it."""
+        later = read_after(segment, self.teacher.program, self.student.program)
+        params = bound(parts, tensors or {})
+        after = []
+        for values in before:
+            made = run_parts(executor, parts, self._on_device(values), params)
+            kept = self.states.keep({name: made[name] for name in made if name in later})
+            after.append({name: x for name, x in values.items() if name in later} | kept)
+        return after
 
-    def _train(self, part: Part, inputs: list[Values], targets: list[Values]) -> BlockHistory:
-        """Trains one block; its parameters in the student are replaced."""
-        fixed = self.student.params[part.name]
-        params = {k: v.detach().clone() for k, v in fixed.items() if v.is_floating_point()}
-        before = self._error(part, params, inputs, targets)
-        optimizer = torch.optim.AdamW(
-            params.values(), lr=self.settings.learning_rate, weight_decay=0.0
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        gradient = torch.func.grad(self._loss, argnums=1)
-        for batch in self._order(len(inputs)):
-            gradients = gradient(part, params, inputs[batch], targets[batch])
-            for name, param in params.items():
-                spec = part.shards.get(name)
-                param.grad = gradients[name] if spec is None else spec.tied(gradients[name])
-            optimizer.step()
-            schedule.step()
-        self._replace(part, params)
-        after = self._error(part, self.student.params[part.name], inputs, targets)
-        assert part.layer is not None, "only blocks are trained"
-        return BlockHistory(part.layer, before, after)
+    def _distilled(
+        self, segment: Segment, inputs: list[Values], targets: list[Values], bar: tqdm
+    ) -> tuple[SegmentHistory, Tensors]:
+        """A segment's training, or what an earlier run found."""
 
-    def _loss(self, part: Part, params: Values, env: Values, target: Values) -> Tensor:
-        outputs = self.student.call(part, env, params)
-        losses = [F.mse_loss(outputs[name], target[name]) for name in target]
-        return torch.stack(losses).mean()
+        def loss(tensors: Mapping[str, Tensor], batch: int) -> Tensor:
+            params = bound(segment.parts, tensors)
+            made = run_parts(self.student, segment.parts, self._on_device(inputs[batch]), params)
+            wanted = self._on_device({name: targets[batch][name] for name in segment.outputs})
+            return torch.stack([F.mse_loss(made[name], wanted[name]) for name in wanted]).mean()
 
-    def _rate(self, step: int) -> float:
-        warm = max(1, self.settings.steps // 10)
-        rising, falling = (step + 1) / warm, (self.settings.steps - step) / self.settings.steps
-        return min(rising, falling)
+        tensors = trainable(self.teacher, segment.original)
+        return self._trained(segment.layers, "mse", tensors, loss, bar)
 
-    def _order(self, count: int) -> Iterator[int]:
-        """Which batch each step takes: all of them, shuffled, again and again."""
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        order: list[int] = []
-        for _ in range(self.settings.steps):
-            order = order or torch.randperm(count, generator=generator).tolist()
-            yield order.pop()
+    def _by_logits(
+        self, first: int, changed: Tensors, inputs: list[Values], ends: list[Values], bar: tqdm
+    ) -> tuple[SegmentHistory, Tensors]:
+        """The training of all blocks from the first one trained on, by the model's logits.
 
-    def _replace(self, part: Part, params: Values) -> None:
-        """Takes the trained parameters over, by way of the checkpoint's own tensors."""
-        program = self.student.program
-        whole = dict(unbind(part, {**self.student.params[part.name], **params}))
-        trained = bind(program, part, whole, self.student.device)
-        self.student.params = {**self.student.params, part.name: trained}
+        Args:
+            inputs: what the first of them reads.
+            ends: what the original's last part reads.
+        """
+        teacher, student = self.teacher.program, self.student.program
+        place = next(place for place, part in enumerate(teacher.parts) if part.layer == first)
+        originals, parts = teacher.parts[place:], student.parts[place:]
 
-    @torch.no_grad()
-    def _error(
-        self, part: Part, params: Mapping[str, Tensor], inputs: list[Values], targets: list[Values]
-    ) -> float:
-        losses = [
-            float(self._loss(part, dict(params), env, target))
-            for env, target in zip(inputs, targets, strict=True)
-        ]
-        return sum(losses) / len(losses)
-
-
-def _check_outputs(blocks: list[tuple[Part, Part]]) -> None:
-    for original, part in blocks:
-        if part.outputs != original.outputs:
-            raise RefusalError(
-                f"{part.name} cannot be distilled by itself.",
-                point=", ".join(f"{part.name}.{name}" for name in part.dropped) or part.name,
-                reason="it passes partial sums on to the next block, so it has no output of its "
-                "own to compare with the original's",
-                fix="keep the block's last sync point",
+        def loss(tensors: Mapping[str, Tensor], batch: int) -> Tensor:
+            made = run_parts(
+                self.student, parts, self._on_device(inputs[batch]), bound(parts, tensors)
             )
+            with torch.no_grad():
+                wanted = run_parts(self.teacher, originals[-1:], self._on_device(ends[batch]), {})
+            return _divergence(wanted[teacher.output], made[student.output])
+
+        tensors = {**trainable(self.teacher, originals[:-1]), **changed}
+        layers = tuple(part.layer for part in parts if part.layer is not None)
+        return self._trained(layers, "kl", tensors, loss, bar)
+
+    def _trained(
+        self, layers: tuple[int, ...], kind: str, tensors: Tensors, loss: Loss, bar: tqdm
+    ) -> tuple[SegmentHistory, Tensors]:
+        """Training by a loss, or what an earlier run found."""
+        name = f"{kind} of layers {layers[0]}-{layers[-1]}"
+        settings = self.settings.training if kind == "mse" else self.settings.logit_training
+        known = self.record.get(name)
+        if known is not None:
+            bar.update(settings.steps_over(len(self.training)))
+            entry = SegmentHistory(**{**known, "layers": tuple(known["layers"])})
+            return entry, self.record.get_tensors(name)
+        trained = train(
+            tensors,
+            loss,
+            training=self.training,
+            held_out=self.held_out,
+            settings=settings,
+            advance=bar.update,
+        )
+        entry = SegmentHistory(layers, trained.before, trained.after, trained.steps, kind)
+        self.record.put_tensors(name, trained.tensors)
+        self.record.put(name, asdict(entry))
+        return entry, trained.tensors
+
+    def _on_device(self, values: Values) -> Values:
+        return {name: tensor.to(self.teacher.device) for name, tensor in values.items()}
+
+
+def _divergence(wanted: Tensor, found: Tensor) -> Tensor:
+    """Mean KL(wanted || found) per token of logits [B, S, V], in nats."""
+    wanted, found = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
+    return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).mean()

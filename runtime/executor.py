@@ -21,7 +21,7 @@ from spdcompile.passes.verify import check_collectives
 from spdcompile.runtime.cache import KVCache
 from spdcompile.runtime.compiled_function import CompiledFunction
 from spdcompile.runtime.kernels import Kernels
-from spdcompile.runtime.weights import Weights, read_shared
+from spdcompile.runtime.weights import OnDemand, Weights, read_shared
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -40,6 +40,8 @@ class Executor(ABC):
         program: what to run.
         tensors: global tensors under their state_dict names, in memory or in files.
         device: where to run.
+        on_demand: whether to hold a part's parameters only from when they are needed until
+            `release`.
     """
 
     stacks_ranks: bool  # whether a value of every rank is one tensor here, [tp, ...]
@@ -51,8 +53,10 @@ class Executor(ABC):
         *,
         backend: Backend,
         device: torch.device,
+        on_demand: bool = False,
     ) -> None:
         self.program, self.backend, self.device = program, backend, device
+        self._on_demand = on_demand
         self._load(tensors)
         self._functions: dict[fx.GraphModule, Function] = {}
         self._emitted: dict[fx.GraphModule, int] = {}
@@ -85,7 +89,16 @@ class Executor(ABC):
     def _load(self, tensors: Weights) -> None:
         self.tensors = tensors
         here = read_shared(self.program, tensors)
-        self.params = {part.name: self._bind(part, here) for part in self.program.parts}
+        self.params: Mapping[str, dict[str, Tensor]] = OnDemand(
+            self.program.parts, lambda part: self._bind(part, here)
+        )
+        if not self._on_demand:
+            self.params = {name: self.params[name] for name in self.params}
+
+    def release(self) -> None:
+        """Forgets parameters that are held on demand; they are bound anew when needed."""
+        if isinstance(self.params, OnDemand):
+            self.params.release()
 
     def run(
         self, inputs: Mapping[str, Tensor], cache: KVCache | None = None, last: int = 0

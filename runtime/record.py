@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from spdcompile import __version__
@@ -51,15 +53,51 @@ class Record:
             SaveError: the file cannot be written.
         """
         self._results[name] = result
-        if self._path is None:
-            return
         document = {"format": _FORMAT, "key": self._key, "results": self._results}
+        self._write(self._path, (json.dumps(document, indent=1) + "\n").encode)
+
+    def get_tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors that an earlier run put under a name.
+
+        Raises:
+            UsageError: their file cannot be read.
+        """
+        path = self._path_of(name)
+        assert path is not None, "asked for after a result of this name was found"
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._path, json.dumps(document, indent=1) + "\n")
+            return load(path.read_bytes())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UsageError(
+                "The tensors of an earlier run cannot be read.",
+                where=str(path),
+                found=f"{type(error).__name__}: {error}",
+                fix="remove the directory's files to begin anew",
+            ) from error
+
+    def put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Writes tensors, whole or not at all. A result of this name is put after them.
+
+        Raises:
+            SaveError: the file cannot be written.
+        """
+        on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        self._write(self._path_of(name), lambda: save(on_cpu))
+
+    def _path_of(self, name: str) -> Path | None:
+        """Where the tensors of a name are."""
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        path = self._path
+        return path and path.with_name(f"{path.stem}-{digest}.safetensors")
+
+    def _write(self, path: Path | None, content: Callable[[], bytes]) -> None:
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, content())
         except OSError as error:
             raise SaveError(
-                "The results so far cannot be written.", where=str(self._path), found=str(error)
+                "The results so far cannot be written.", where=str(path), found=str(error)
             ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -36,6 +36,35 @@ def checkpoint_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
             fix="give a loaded model or a directory that holds safetensors",
         )
     return tensors
+
+
+class OnDemand(Mapping[str, dict[str, Tensor]]):
+    """Parameters of parts by the part's name, bound when they are first asked for.
+
+    Args:
+        parts: all that there are.
+        bind: makes the parameters of one, by placeholder.
+    """
+
+    def __init__(self, parts: Iterable[Part], bind: Callable[[Part], dict[str, Tensor]]) -> None:
+        self._parts = {part.name: part for part in parts}
+        self._bind = bind
+        self._held: dict[str, dict[str, Tensor]] = {}
+
+    def __getitem__(self, name: str) -> dict[str, Tensor]:
+        if name not in self._held:
+            self._held[name] = self._bind(self._parts[name])
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def release(self) -> None:
+        """Forgets what was bound; it is bound anew when asked for."""
+        self._held.clear()
 
 
 def read_shared(program: Program, tensors: Weights) -> Weights:
@@ -105,6 +134,19 @@ def bind(
         # torch.compile takes the sizes of a Parameter, and of nothing else, for constants.
         local = local.to(device).contiguous()
         bound[name] = torch.nn.Parameter(local, requires_grad=False)
+    return bound
+
+
+def bind_stacked(part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of one part that come from some global tensors, all ranks' shards stacked.
+
+    Gradients flow back to those tensors.
+    """
+    bound = {}
+    for name, ref in part.params.items():
+        if not ref.constant and ref.fqn in tensors:
+            whole = tensors[ref.fqn]
+            bound[name] = _cut(whole.t() if ref.transposed else whole, part.shards.get(name), None)
     return bound
 
 

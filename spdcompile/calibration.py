@@ -9,14 +9,16 @@ from torch import Tensor
 from spdcompile.compiled import CompiledModel
 from spdcompile.models import ModelSource
 from spdcompile.plan import Plan
+from spdcompile.planning import check_tp, make_plan
 from spdcompile.runtime.calibrate import CalibrateSettings, Method, Points, Sensitivity
 from spdcompile.runtime.calibrate import calibrate as run_calibration
 from spdcompile.runtime.data import check_tokens, chunks_of
-from spdcompile.runtime.distill import Distilled, DistillSettings, StudentInput
+from spdcompile.runtime.distill import Distilled
 from spdcompile.runtime.distill import distill as run_distillation
+from spdcompile.runtime.distill_settings import DistillSettings, StudentInput
 from spdcompile.runtime.evaluate import Quality
 from spdcompile.runtime.texts import calibration_tokens
-from spdcompile.undropped import Groups, local_executor, undropped
+from spdcompile.undropped import Groups, Source, local_executor, undropped
 
 __all__ = [
     "CalibrateSettings",
@@ -90,7 +92,10 @@ def distill(
     settings: DistillSettings | None = None,
     progress: bool = True,
 ) -> Distilled:
-    """Trains each block that loses a sync point to give what the original block gives (B2B).
+    """Trains blocks that lose a sync point to give what the original blocks give (B2B).
+
+    A block whose last sync point is dropped is trained together with those that follow, up to the
+    next kept point. Of a directory's weights only a segment's are in memory.
 
     Args:
         model: as in `calibrate`; it is left as it is. A compiled one must be eager.
@@ -98,22 +103,31 @@ def distill(
         tp: number of ranks; all of them run in this process.
         spd_mask: what is dropped: one bool a decoder layer, or a Plan.
         router: as in `compile`; that of a compiled model if None. A Plan brings its own.
-        settings: how a block is trained.
+        settings: how blocks are trained.
 
     Returns: the new tensors; `.apply_to(model)` writes them into a model.
 
     Raises:
         UsageError: an argument does not fit the model.
-        RefusalError: a sync point that cannot be dropped, or one whose block passes partial sums
-            on to the next block, so that it has no output of its own to compare.
+        RefusalError: a sync point that cannot be dropped.
+        PlanError: the plan was made for another model or tp.
+        SaveError: there is no room for hidden states or results.
     """
-    given = spd_mask if isinstance(spd_mask, Plan) else None
-    compiled = undropped(model, tp, head_groups, router, given)
-    check_tokens(compiled.model, tokens)
-    plan = compiled.with_mask(spd_mask).plan
+    if isinstance(model, CompiledModel):
+        given = spd_mask if isinstance(spd_mask, Plan) else None
+        compiled = undropped(model, tp, head_groups, router, given)
+        plan, own = compiled.with_mask(spd_mask).plan, compiled.model
+        base, teacher = compiled.base, local_executor(compiled)
+    else:
+        check_tp(tp)
+        source = Source(model)
+        plan, own = make_plan(source.model, tp, spd_mask, head_groups, router), source.model
+        base = source.lowering(tp, plan.head_groups)
+        teacher = source.executor(base, on_demand=True)
+    check_tokens(own, tokens)
     return run_distillation(
-        compiled.base,
-        local_executor(compiled),
+        base,
+        teacher,
         tokens,
         points=plan.dropped,
         router=plan.router,

@@ -7,23 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import RefusalError, UsageError
-from spdcompile.loading import capture_loaded, load_model
 from spdcompile.models import ModelSource
-from spdcompile.passes import pipeline
 from spdcompile.passes.base import Program, RegionKind
-from spdcompile.passes.capture import decoder_layers
 from spdcompile.passes.probe import attention_of, follows
 from spdcompile.plan import HeadGroups, Plan, Router
 from spdcompile.planning import check_tp, choice, structure_of
 from spdcompile.runtime.calibrate import Points, droppable
 from spdcompile.runtime.data import check_tokens
-from spdcompile.runtime.executor import Backend
 from spdcompile.runtime.grouping import Groups, Search, best_groups, within
 from spdcompile.runtime.heads import (
     attention_units,
@@ -32,7 +26,7 @@ from spdcompile.runtime.heads import (
     matched,
     shard_norms,
 )
-from spdcompile.runtime.local import LocalExecutor
+from spdcompile.undropped import Source
 
 _POINT = RegionKind.ATTENTION.value
 
@@ -117,14 +111,16 @@ def group_heads(
         )
     check_tp(tp)
     reads = Router.EXACT if router is None else choice(Router, router, "router")
-    source = _Source(model)
+    source = Source(model)
     check_tokens(source.model, tokens)
-    even = source.executor(tp, {})
+    even = source.executor(source.lowering(tp, {}))
     wanted, refused = _groupable(even.program, layers, reads)
     distances = head_distances(even, tokens, wanted, progress=progress)
     found = {layer: best_groups(apart, tp) for layer, apart in distances.items()}
     groups = {layer: tuple(sorted(best, key=_by_first)) for layer, (best, _) in found.items()}
-    norms = shard_norms(source.executor(tp, groups), tokens, wanted, _POINT, progress=progress)
+    norms = shard_norms(
+        source.executor(source.lowering(tp, groups)), tokens, wanted, _POINT, progress=progress
+    )
     rows = _rows(even.program, distances, found, groups, norms)
     plan = Plan(
         tp,
@@ -167,24 +163,6 @@ def _rows(
         )
         for layer in sorted(distances)
     )
-
-
-class _Source:
-    """A model that is captured once, and split in several ways."""
-
-    def __init__(self, model: ModelSource) -> None:
-        dtype = None if isinstance(model, PreTrainedModel) else torch.float32
-        self._loaded, self._captured = capture_loaded(load_model(model, dtype))
-        self.model = self._loaded.model
-        self.num_layers = len(decoder_layers(self.model)[1])
-
-    def executor(self, tp: int, head_groups: HeadGroups) -> LocalExecutor:
-        """Runs all ranks in this process, nothing dropped."""
-        lowering = pipeline.advance(self._captured, pipeline.preserving(tp, head_groups))
-        loaded = self._loaded
-        return LocalExecutor(
-            lowering.program, loaded.tensors, backend=Backend.EAGER, device=loaded.device
-        )
 
 
 def _by_first(group: tuple[int, ...]) -> tuple[bool, tuple[int, ...]]:

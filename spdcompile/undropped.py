@@ -11,9 +11,13 @@ from transformers import PreTrainedModel
 from spdcompile.api import compile as compile_model
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import UsageError
+from spdcompile.loading import capture_loaded, load_model
 from spdcompile.models import ModelSource
-from spdcompile.plan import Plan, Router
+from spdcompile.passes import pipeline
+from spdcompile.passes.capture import decoder_layers
+from spdcompile.plan import HeadGroups, Plan, Router
 from spdcompile.planning import choice, groups_of, make_plan
+from spdcompile.runtime.executor import Backend
 from spdcompile.runtime.local import LocalExecutor
 
 Groups = Mapping[int, Sequence[Sequence[int]]]
@@ -83,3 +87,36 @@ def local_executor(compiled: CompiledModel) -> LocalExecutor:
             fix="compile it with executor='local'",
         )
     return compiled.executor
+
+
+class Source:
+    """A model that is captured once, and split in several ways; all ranks in this process, eager.
+
+    Args:
+        model: a loaded model, or a local directory with weights, which is read in float32.
+    """
+
+    def __init__(self, model: ModelSource) -> None:
+        dtype = None if isinstance(model, PreTrainedModel) else torch.float32
+        self._loaded, self._captured = capture_loaded(load_model(model, dtype))
+        self.model = self._loaded.model
+        self.num_layers = len(decoder_layers(self.model)[1])
+
+    def lowering(self, tp: int, head_groups: HeadGroups) -> pipeline.Lowering:
+        """The program before anything is dropped."""
+        return pipeline.advance(self._captured, pipeline.preserving(tp, head_groups))
+
+    def executor(self, lowering: pipeline.Lowering, *, on_demand: bool = False) -> LocalExecutor:
+        """What runs it.
+
+        Args:
+            on_demand: whether to hold a block's parameters only while they are needed.
+        """
+        loaded = self._loaded
+        return LocalExecutor(
+            lowering.program,
+            loaded.tensors,
+            backend=Backend.EAGER,
+            device=loaded.device,
+            on_demand=on_demand,
+        )

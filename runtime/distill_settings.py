@@ -1,0 +1,108 @@
+"""How distillation is done."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from spdcompile.runtime.training import Optimizer, Schedule, TrainingSettings
+
+
+class StudentInput(enum.Enum):
+    """What a student segment is fed; the target is the original's output in both."""
+
+    TEACHER = "teacher"
+    """The original model's hidden states: every segment is trained for itself."""
+    PROGRESSIVE = "progressive"
+    """The hidden states that the segments replaced so far give: one also mends what they left."""
+
+
+@dataclass(frozen=True, slots=True)
+class DistillSettings:
+    """How segments are trained; the default is what was measured best (docs/study.md).
+
+    Args:
+        student_input: see StudentInput.
+        steps: optimiser steps a segment; None to count epochs.
+        epochs: passes over the training chunks, where steps is None.
+        logit_steps: further steps in the end, in which all blocks from the first trained one on
+            learn together to give the original's logits (KL divergence); they take the
+            activations of the whole model. 0 for none.
+        optimizer, schedule: see there.
+        learning_rate: the peak, of AdamW's scale for every optimiser.
+        logit_learning_rate: that of the steps for the logits.
+        warmup: share of the steps in which the rate rises to it.
+        batch_size: chunks a step.
+        held_out: share of the batches that are not trained on, and by which the best tensors are
+            chosen; 0 takes the last ones.
+        checks: how often they are chosen, evenly spread over the steps.
+        patience: end a segment after so many checks in a row that are no better; None for never.
+        seed: for the order of the batches.
+        memory_bytes: of hidden states, how much to keep in memory; None for all. What is beyond
+            goes to mapped files.
+        scratch: directory in which those are made; the system's own by default.
+        resume: directory for what is finished, from which a run that was killed goes on.
+    """
+
+    student_input: StudentInput = StudentInput.PROGRESSIVE
+    steps: int | None = 150
+    epochs: float = 10.0
+    logit_steps: int = 0
+    optimizer: Optimizer = Optimizer.MUON
+    schedule: Schedule = Schedule.LINEAR
+    learning_rate: float = 6e-3
+    logit_learning_rate: float = 2e-3
+    warmup: float = 0.05
+    batch_size: int = 4
+    held_out: float = 0.06
+    checks: int = 8
+    patience: int | None = None
+    seed: int = 0
+    memory_bytes: int | None = 2**30
+    scratch: str | Path | None = None
+    resume: str | Path | None = None
+
+    @classmethod
+    def paper(cls, learning_rate: float = 5e-5, **others: Any) -> DistillSettings:
+        """The paper's: 10 epochs at a constant rate, every block by itself.
+
+        Which optimiser it used, and whether a block is fed the original model's hidden states, is
+        not published; AdamW and the original's are taken here.
+
+        Args:
+            learning_rate: 5e-5 for LLaMA-2, 1e-6 for OPT.
+            others: settings that are to differ.
+        """
+        settings = {
+            "student_input": StudentInput.TEACHER,
+            "steps": None,
+            "epochs": 10.0,
+            "optimizer": Optimizer.ADAMW,
+            "schedule": Schedule.CONSTANT,
+            "warmup": 0.0,
+            "held_out": 0.0,
+        }
+        return cls(**{**settings, "learning_rate": learning_rate, **others})
+
+    @property
+    def training(self) -> TrainingSettings:
+        """What concerns the training loop."""
+        return TrainingSettings(
+            steps=self.steps,
+            epochs=self.epochs,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            learning_rate=self.learning_rate,
+            warmup=self.warmup,
+            checks=self.checks,
+            patience=self.patience,
+            seed=self.seed,
+        )
+
+    @property
+    def logit_training(self) -> TrainingSettings:
+        """The same for the logits."""
+        rate = self.logit_learning_rate
+        return replace(self.training, steps=self.logit_steps, learning_rate=rate)
