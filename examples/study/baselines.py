@@ -146,15 +146,17 @@ def _panel(rows: Sequence[dict[str, Any]], tp: int) -> Panel:
 
 
 def _finding(rows: Sequence[dict[str, Any]], tp: int) -> str:
+    """SPD zero-shot beside each other way, by KL divergence, and after B2B."""
     ways = _ways(rows, tp)
-    spd = ways.pop(SPD)
+    spd, trained = ways.pop(SPD), ways.pop(TRAINED, {})
     parts = []
     for way, by_saved in ways.items():
         both = [saved for saved in by_saved if saved in spd]
         better = sum(spd[saved]["kl"] < by_saved[saved]["kl"] for saved in both)
         most = max(both)
         parts.append(
-            f"than {way} at {better} of {len(both)} (at {most} saved: "
+            f"{way} in {better} of {len(both)} cases (at {most} saved: "
             f"{percent(spd[most]['increase'])} against {percent(by_saved[most]['increase'])})"
         )
-    return f"tp {tp}: by KL divergence, SPD zero-shot is better " + ", ".join(parts) + "."
+    after = f" After B2B it adds {percent(trained[max(trained)]['increase'])}." if trained else ""
+    return f"tp {tp}: SPD zero-shot is closer to the model than {', than '.join(parts)}.{after}"

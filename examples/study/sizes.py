@@ -32,7 +32,7 @@ class Sizes:
     length: int = 256
     heldout: int = 32
     calibration: int = 64
-    scoring: int = 16
+    scoring: int = 8
     choosing: int = 8
     grouping: int = 4
     draws: int = 10

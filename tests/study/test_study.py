@@ -23,59 +23,50 @@ LAST = QUICK_LAYERS - 1
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("study")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    return context_of(QUICK, tmp_path_factory.mktemp("study"))
 
 
-@pytest.fixture(scope="module")
-def context(work: Path) -> Context:
-    """With the quick study measured in its folder."""
-    context = context_of(QUICK, work)
-    for name in SECTIONS:
-        measure(name, QUICK, work, context)
-    return context
+def result_of(name: str, context: Context) -> Result:
+    """What a section measures in the quick form, once."""
+    if not measured(name, QUICK, context.work):
+        measure(name, QUICK, context.work, context)
+    return next(
+        result for result in saved(context.work, context.work / "none") if result.name == name
+    )
 
 
-@pytest.fixture
-def found(context: Context) -> dict[str, Result]:
-    return {result.name: result for result in saved(context.work, context.work / "nowhere")}
+@pytest.mark.parametrize("name", SECTIONS)
+def test_section_has_question_table_figure_and_findings(name: str, context: Context) -> None:
+    result = result_of(name, context)
+    section = shown(result)
+    assert result.sizes == QUICK
+    assert section.question.endswith("?")
+    assert section.findings
+    assert section.tables
+    assert all(len(row) == len(table.headers) for table in section.tables for row in table.rows)
+    assert section.panels
+    assert all(len(series.x) == len(series.y) for p in section.panels for series in p.series)
+    text = page([result], "study")
+    assert f"\n## {section.title}\n" in text
+    assert f"](study/{name}.png)" in text
+    assert all(finding in text for finding in section.findings)
 
 
-def test_every_section_has_question_table_figure_and_findings(found: dict[str, Result]) -> None:
-    assert list(found) == list(SECTIONS)
-    for result in found.values():
-        section = shown(result)
-        assert result.sizes == QUICK
-        assert section.question.endswith("?")
-        assert section.findings
-        assert section.tables
-        assert all(len(row) == len(table.headers) for table in section.tables for row in table.rows)
-        assert section.panels
-        assert all(len(series.x) == len(series.y) for p in section.panels for series in p.series)
-
-
-def test_page_shows_every_section_with_its_figure(found: dict[str, Result]) -> None:
-    text = page(list(found.values()), "study")
-    for result in found.values():
-        section = shown(result)
-        assert f"\n## {section.title}\n" in text
-        assert f"](study/{result.name}.png)" in text
-        assert all(finding in text for finding in section.findings)
-
-
-def test_sections_are_done_for_their_own_sizes(context: Context) -> None:
+def test_section_is_done_for_its_own_sizes_only(context: Context) -> None:
     """A run that was killed goes on with the sections that are missing."""
-    assert all(measured(name, QUICK, context.work) for name in SECTIONS)
-    assert not any(measured(name, FULL, context.work) for name in SECTIONS)
-    assert not measured("curve", QUICK, context.work / "nowhere")
+    result_of("decode", context)
+    assert measured("decode", QUICK, context.work)
+    assert not measured("decode", FULL, context.work)
+    assert not measured("decode", QUICK, context.work / "none")
 
 
 def test_order_of_jobs_has_every_section() -> None:
     assert sorted(ORDER) == sorted(SECTIONS)
 
 
-def test_decode_agrees_with_prefill(found: dict[str, Result]) -> None:
-    rows = found["decode"].numbers["rows"]
+def test_decode_agrees_with_prefill(context: Context) -> None:
+    rows = result_of("decode", context).numbers["rows"]
     nothing = next(row for row in rows if row["dropped"] == "nothing")
     assert (nothing["prefix"], nothing["tokens"]) == (QUICK.new_tokens, 1.0)
     for row in rows:
@@ -83,14 +74,19 @@ def test_decode_agrees_with_prefill(found: dict[str, Result]) -> None:
         assert row["difference"] < 1e-4
 
 
-def test_scores_agree_with_perplexity(context: Context, found: dict[str, Result]) -> None:
+def test_scores_agree_with_perplexity(context: Context) -> None:
     (tp,) = QUICK.tps
-    row = next(row for row in found["curve"].numbers["rows"] if row["share"] == 100)
     dropped = context.dropped(context.compiled(tp), context.all_attention())
-    expected = perplexity(dropped.executor, context.heldout.tokens)
-    assert row["way"] == "zero-shot"
-    assert row["perplexity"] == pytest.approx(expected, rel=1e-4)
-    assert row["kl"] > 0
+    score = context.score(dropped)
+    undropped = context.heldout.perplexity
+    assert score.perplexity == pytest.approx(
+        perplexity(dropped.executor, context.heldout.tokens), rel=1e-4
+    )
+    assert score.increase == pytest.approx(100 * (score.perplexity / undropped - 1))
+    assert score.kl > 0
+    kept = context.score(context.compiled(tp))
+    assert (kept.increase, kept.kl) == (pytest.approx(0, abs=1e-3), pytest.approx(0, abs=1e-5))
+    assert kept.agreement == 1
 
 
 def test_naive_run_without_drops_is_the_model(context: Context) -> None:
