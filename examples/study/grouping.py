@@ -214,12 +214,13 @@ def _summary(rows: Sequence[Mapping[str, Any]], draws: int) -> str:
     mean_rank = sum(row["paper_rank"] for row in rows) / count
     verdict = "does not beat" if mean_rank >= (draws + 2) / 2 else "is better than"
     return (
-        f"The paper's grouping {verdict} random ones: it adds less than the median draw in {paper} "
-        f"of {count} cases, and its mean rank among the draws is {mean_rank:.1f} of {draws + 1} "
-        f"(chance: {(draws + 2) / 2:.1f}). The median draw itself adds less than the order as it is "
-        f"in {middle} of {count}, so the latter is no fair comparison. To try {draws} draws on calibration text and take the "
-        f"best does better than the median draw in {best} of {count} cases, and than the order as "
-        f"it is in {in_order}."
+        f"The paper's grouping {verdict} random ones: it adds less than the median draw in "
+        f"{paper} of {count} cases, and its mean rank among the draws is {mean_rank:.1f} of "
+        f"{draws + 1} (chance: {(draws + 2) / 2:.1f}). The median draw itself adds less than the "
+        f"order as it is in {middle} of {count}: to compare with that order alone would flatter "
+        f"any grouping. To try {draws} draws and take the one that is best on calibration text "
+        f"does better than the median draw in {best} of {count} cases, and than the order as it "
+        f"is in {in_order}."
     )
 
 
