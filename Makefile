@@ -3,15 +3,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+HARNESS := $(VENV)/harness
 QUICK ?=
 ARGS ?=
 
+<<<<<<< HEAD
 .PHONY: help .venv demo test zoo study lint format types clean
+=======
+.PHONY: help .venv demo test test-harness zoo lint format types clean
+>>>>>>> main
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo [QUICK=1]   install, then run examples/demo.py"
 	@echo "make test [ARGS=...]  install, then run the tests"
+	@echo "make test-harness     install lm_eval beside that, and run the tests that need it"
 	@echo "make zoo [ARGS=...]   measure every architecture, then write docs/architectures.md"
 	@echo "make study [ARGS=...] measure what drops cost, then write docs/study.md (under an hour)"
 	@echo "make lint             ruff, formatting, spelling"
@@ -36,6 +42,17 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 
 .PRECIOUS: $(VENV)/.installed-%
 
+# A venv of its own that also sees what .venv has: lm_eval brings scipy, and where that is installed
+# transformers imports it in every process.
+$(VENV)/.installed-harness: $(VENV)/.installed-test
+	$(BIN)/python -m venv $(HARNESS)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+	  > "$$($(HARNESS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+	$(BIN)/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*project['optional-dependencies']['eval'], sep='\n')" > $(HARNESS)/requirements.txt
+	$(HARNESS)/bin/python -m pip install --quiet --requirement $(HARNESS)/requirements.txt
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py $(if $(filter-out 0,$(QUICK)),--quick)
 
@@ -43,6 +60,10 @@ demo: $(VENV)/.installed
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n auto $(ARGS)
+
+test-harness: export OMP_NUM_THREADS := 1
+test-harness: $(VENV)/.installed-harness
+	$(HARNESS)/bin/python -m pytest -n 2 --dist loadfile tests/harness $(ARGS)
 
 zoo: $(VENV)/.installed
 	$(BIN)/python -m tests.zoo --write docs/architectures.md $(ARGS)

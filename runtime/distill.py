@@ -29,6 +29,7 @@ from spdcompile.runtime.distill_settings import DistillSettings, StudentInput
 from spdcompile.runtime.hidden import HiddenStates, hidden_states
 from spdcompile.runtime.inputs import program_inputs
 from spdcompile.runtime.local import LocalExecutor
+from spdcompile.runtime.norm_scales import NormScales
 from spdcompile.runtime.record import Record, key_of
 from spdcompile.runtime.segments import (
     Segment,
@@ -219,15 +220,19 @@ class _Distillation:
         self, segment: Segment, inputs: list[Values], targets: list[Values], bar: tqdm
     ) -> tuple[SegmentHistory, Tensors]:
         """A segment's training, or what an earlier run found."""
+        scales = NormScales(self.student.program, segment.parts)
 
         def loss(tensors: Mapping[str, Tensor], batch: int) -> Tensor:
-            params = bound(segment.parts, tensors)
-            made = run_parts(self.student, segment.parts, self._on_device(inputs[batch]), params)
+            given, params = self._on_device(inputs[batch]), scales.bound(tensors)
+            made = run_parts(self.student, segment.parts, given, params)
             wanted = self._on_device({name: targets[batch][name] for name in segment.outputs})
             return torch.stack([F.mse_loss(made[name], wanted[name]) for name in wanted]).mean()
 
         tensors = trainable(self.teacher, segment.original)
-        return self._trained(segment.layers, "mse", tensors, loss, bar)
+        if self.settings.rank_local_norms:
+            tensors |= scales.ones(tensors)
+        entry, found = self._trained(segment.layers, "mse", tensors, loss, bar)
+        return entry, scales.folded(found)
 
     def _by_logits(
         self, first: int, changed: Tensors, inputs: list[Values], ends: list[Values], bar: tqdm

@@ -34,6 +34,8 @@ class DistillSettings:
         learning_rate: the peak, of AdamW's scale for every optimiser.
         logit_learning_rate: that of the steps for the logits.
         warmup: share of the steps in which the rate rises to it.
+        rank_local_norms: whether each rank has norm weights of its own while a segment is trained;
+            they are multiplied into its linears in the end (norm_scales.py).
         batch_size: chunks a step.
         held_out: share of the batches that are not trained on, and by which the best tensors are
             chosen; 0 takes the last ones.
@@ -53,8 +55,9 @@ class DistillSettings:
     optimizer: Optimizer = Optimizer.MUON
     schedule: Schedule = Schedule.LINEAR
     learning_rate: float = 6e-3
-    logit_learning_rate: float = 2e-3
+    logit_learning_rate: float = 3e-4
     warmup: float = 0.05
+    rank_local_norms: bool = False
     batch_size: int = 4
     held_out: float = 0.06
     checks: int = 8

@@ -151,7 +151,7 @@ class Evaluator:
             values = self.plain_values(number, parts)
             executor.run_parts(values, parts)
             logits = values[executor.program.output]
-            sums += _compared(logits, self._plain_logits(number) if points else logits, tokens)
+            sums += compared(logits, self._plain_logits(number) if points else logits, tokens)
             self.count(len(parts) - 1)
         loss, kl, equal = (sums / sum(tokens[:, 1:].numel() for tokens in self.batches)).tolist()
         return Quality(math.exp(loss), kl, equal)
@@ -182,7 +182,7 @@ def _placeholders(block: BlockGraph) -> list[str]:
     return [node.name for node in block.module.graph.find_nodes(op="placeholder")]
 
 
-def _compared(logits: Tensor, plain: Tensor, tokens: Tensor) -> Tensor:
+def compared(logits: Tensor, plain: Tensor, tokens: Tensor) -> Tensor:
     """Sums over the positions with a next token: loss, KL(plain || logits), equal argmax.
 
     Args:

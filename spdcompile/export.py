@@ -49,7 +49,7 @@ def export_hf(
         SaveError: a file cannot be written; then none is left.
     """
     target = Path(directory)
-    _check_empty(target)
+    check_empty(target)
     if not isinstance(model, PreTrainedModel):
         check_weights(Path(model))
     make_plan(resolve_model(model, weights=False), plan.tp, plan)
@@ -85,7 +85,8 @@ def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
-def _check_empty(target: Path) -> None:
+def check_empty(target: Path) -> None:
+    """Raises UsageError unless a directory can be made there, or is empty."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(
             "The directory is not empty.",

@@ -10,7 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spdcompile import __version__, log
-from spdcompile.cli import calibrate, export_hf, generate, group_heads, trace_and_report
+from spdcompile.cli import (
+    calibrate,
+    distill,
+    evaluate,
+    export_hf,
+    generate,
+    group_heads,
+    trace_and_report,
+)
 from spdcompile.errors import SpdCompileError
 
 OK, FAILED, USER_MISTAKE = 0, 1, 2
@@ -51,10 +59,22 @@ COMMANDS = (
         calibrate.run,
     ),
     Command(
+        "eval",
+        "measure a plan on texts and on tasks of lm-evaluation-harness, beside the unsharded model",
+        evaluate.add_arguments,
+        evaluate.run,
+    ),
+    Command(
         "group-heads",
         "choose which heads share a rank, and write a plan",
         group_heads.add_arguments,
         group_heads.run,
+    ),
+    Command(
+        "distill",
+        "train blocks to do without their sync points, and write a Hugging Face checkpoint",
+        distill.add_arguments,
+        distill.run,
     ),
     Command(
         "export-hf",
