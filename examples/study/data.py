@@ -174,18 +174,23 @@ def _findings(
     methods: Sequence[Mapping[str, Any]],
     tops: Sequence[str],
 ) -> list[str]:
-    alone = [row["alone"] for row in pairs]
-    cumulative = [row["cumulative"] for row in pairs]
     agreeing = [row["all"] for row in methods]
     shared = [row["half_shared"] for row in pairs]
+    steadier = sum(row["alone_attention"] > row["cumulative_attention"] for row in pairs)
     return [
-        f"Scores of points by themselves, on any two texts: Spearman "
-        f"{median(alone):+.2f} in the median, {min(alone):+.2f} to {max(alone):+.2f}. The half "
+        f"Scores of points by themselves, on any two texts: Spearman {_spread(pairs, 'alone')} "
+        f"over all points, {_spread(pairs, 'alone_attention')} over attention points. The half "
         f"with the lower scores is shared to {median(shared):.0%} in the median, to "
         f"{min(shared):.0%} at least.",
-        f"Cumulative scores: {median(cumulative):+.2f} in the median, {min(cumulative):+.2f} to "
-        f"{max(cumulative):+.2f}.",
+        f"Cumulative scores: {_spread(pairs, 'cumulative')} over all points, "
+        f"{_spread(pairs, 'cumulative_attention')} over attention points. Over attention points "
+        f"the scores by themselves agree better than these in {steadier} of {len(pairs)} cases.",
         "The most sensitive point by itself, over all texts and tp: " + ", ".join(tops) + ".",
         f"On one and the same text the two ways of scoring correlate at {median(agreeing):+.2f} "
         f"in the median, {min(agreeing):+.2f} to {max(agreeing):+.2f}.",
     ]
+
+
+def _spread(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    values = [row[name] for row in rows]
+    return f"{median(values):+.2f} in the median, {min(values):+.2f} to {max(values):+.2f},"
