@@ -193,4 +193,4 @@ def _findings(
 
 def _spread(rows: Sequence[Mapping[str, Any]], name: str) -> str:
     values = [row[name] for row in rows]
-    return f"{median(values):+.2f} in the median, {min(values):+.2f} to {max(values):+.2f},"
+    return f"{median(values):+.2f} in the median ({min(values):+.2f} to {max(values):+.2f})"
