@@ -7,11 +7,7 @@ HARNESS := $(VENV)/harness
 QUICK ?=
 ARGS ?=
 
-<<<<<<< HEAD
-.PHONY: help .venv demo test zoo study lint format types clean
-=======
-.PHONY: help .venv demo test test-harness zoo lint format types clean
->>>>>>> main
+.PHONY: help .venv demo test test-harness zoo study lint format types clean
 .DELETE_ON_ERROR:
 
 help:
