@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from spdcompile.passes import pipeline
 from spdcompile.passes.base import Part
@@ -26,6 +25,7 @@ from spdcompile.passes.drop import PointName
 from spdcompile.plan import Router
 from spdcompile.runtime.data import batches_of
 from spdcompile.runtime.distill_settings import DistillSettings, StudentInput
+from spdcompile.runtime.distilled import Distilled, SegmentHistory
 from spdcompile.runtime.hidden import HiddenStates, hidden_states
 from spdcompile.runtime.inputs import program_inputs
 from spdcompile.runtime.local import LocalExecutor
@@ -42,47 +42,13 @@ from spdcompile.runtime.segments import (
 from spdcompile.runtime.training import (
     Loss,
     Tensors,
+    TrainingSettings,
     train,
 )
 
 Values = dict[str, Tensor]
 
-
-@dataclass(frozen=True, slots=True)
-class SegmentHistory:
-    """How a segment's training went.
-
-    Args:
-        layers: its decoder layers.
-        before, after: its loss over the held-out chunks, or over all of them if none are held out.
-        steps: those taken.
-        loss: "mse" of hidden states, or "kl", the divergence of the logits in nats per token.
-    """
-
-    layers: tuple[int, ...]
-    before: float
-    after: float
-    steps: int
-    loss: str = "mse"
-
-
-@dataclass(frozen=True, slots=True)
-class Distilled:
-    """What distillation changed.
-
-    Args:
-        tensors: new global tensors under their state_dict names.
-        history: one entry a distilled segment, in order.
-    """
-
-    tensors: Mapping[str, Tensor]
-    history: tuple[SegmentHistory, ...] = field(default=())
-
-    def apply_to(self, model: PreTrainedModel) -> None:
-        """Writes the new tensors into a model, in its own dtype."""
-        own = model.state_dict()
-        for name, tensor in self.tensors.items():
-            own[name].copy_(tensor)
+_BATCHES_JUDGED = 4
 
 
 def distill(
@@ -231,8 +197,23 @@ class _Distillation:
         tensors = trainable(self.teacher, segment.original)
         if self.settings.rank_local_norms:
             tensors |= scales.ones(tensors)
-        entry, found = self._trained(segment.layers, "mse", tensors, loss, bar)
+        settings = self.settings.training
+        if self.settings.scale_rate:
+            share = self._relative_error(segment, loss, tensors, targets) ** 0.25
+            settings = replace(settings, learning_rate=settings.learning_rate * min(1.0, share))
+        entry, found = self._trained(segment.layers, "mse", tensors, loss, settings, bar)
         return entry, scales.folded(found)
+
+    @torch.no_grad()
+    def _relative_error(
+        self, segment: Segment, loss: Loss, tensors: Tensors, targets: list[Values]
+    ) -> float:
+        """MSE of a segment before training over the mean square of what it is to give."""
+        batches = (self.held_out or self.training)[:_BATCHES_JUDGED]
+        wanted = [targets[batch][name] for batch in batches for name in segment.outputs]
+        power = sum(float(value.float().square().mean()) for value in wanted) / len(wanted)
+        error = sum(float(loss(tensors, batch)) for batch in batches) / len(batches)
+        return error / power if power else 1.0
 
     def _by_logits(
         self, first: int, changed: Tensors, inputs: list[Values], ends: list[Values], bar: tqdm
@@ -257,14 +238,19 @@ class _Distillation:
 
         tensors = {**trainable(self.teacher, originals[:-1]), **changed}
         layers = tuple(part.layer for part in parts if part.layer is not None)
-        return self._trained(layers, "kl", tensors, loss, bar)
+        return self._trained(layers, "kl", tensors, loss, self.settings.logit_training, bar)
 
     def _trained(
-        self, layers: tuple[int, ...], kind: str, tensors: Tensors, loss: Loss, bar: tqdm
+        self,
+        layers: tuple[int, ...],
+        kind: str,
+        tensors: Tensors,
+        loss: Loss,
+        settings: TrainingSettings,
+        bar: tqdm,
     ) -> tuple[SegmentHistory, Tensors]:
         """Training by a loss, or what an earlier run found."""
         name = f"{kind} of layers {layers[0]}-{layers[-1]}"
-        settings = self.settings.training if kind == "mse" else self.settings.logit_training
         known = self.record.get(name)
         if known is not None:
             bar.update(settings.steps_over(len(self.training)))

@@ -32,6 +32,9 @@ class DistillSettings:
             activations of the whole model. 0 for none.
         optimizer, schedule: see there.
         learning_rate: the peak, of AdamW's scale for every optimiser.
+        scale_rate: whether a segment's rate is that times the fourth root of its relative error
+            (MSE over the mean square of the target; 1 at most), so that one which is nearly right
+            is not disturbed.
         logit_learning_rate: that of the steps for the logits.
         warmup: share of the steps in which the rate rises to it.
         rank_local_norms: whether each rank has norm weights of its own while a segment is trained;
@@ -55,6 +58,7 @@ class DistillSettings:
     optimizer: Optimizer = Optimizer.MUON
     schedule: Schedule = Schedule.LINEAR
     learning_rate: float = 6e-3
+    scale_rate: bool = True
     logit_learning_rate: float = 3e-4
     warmup: float = 0.05
     rank_local_norms: bool = False
@@ -84,6 +88,7 @@ class DistillSettings:
             "epochs": 10.0,
             "optimizer": Optimizer.ADAMW,
             "schedule": Schedule.CONSTANT,
+            "scale_rate": False,
             "warmup": 0.0,
             "held_out": 0.0,
         }

@@ -13,9 +13,9 @@ from spdcompile.planning import check_tp, make_plan
 from spdcompile.runtime.calibrate import CalibrateSettings, Method, Points, Sensitivity
 from spdcompile.runtime.calibrate import calibrate as run_calibration
 from spdcompile.runtime.data import check_tokens, chunks_of
-from spdcompile.runtime.distill import Distilled
 from spdcompile.runtime.distill import distill as run_distillation
 from spdcompile.runtime.distill_settings import DistillSettings, StudentInput
+from spdcompile.runtime.distilled import Distilled
 from spdcompile.runtime.evaluate import Quality
 from spdcompile.runtime.texts import calibration_tokens
 from spdcompile.undropped import Groups, Source, local_executor, undropped

@@ -19,8 +19,8 @@ from spdcompile.export import check_empty, export_hf
 from spdcompile.models import resolve_model
 from spdcompile.passes.capture import decoder_layers
 from spdcompile.planning import structure_of
-from spdcompile.runtime.distill import SegmentHistory
 from spdcompile.runtime.distill_settings import DistillSettings, StudentInput
+from spdcompile.runtime.distilled import SegmentHistory
 from spdcompile.runtime.training import Optimizer, Schedule
 
 _KINDS = {"student_input": StudentInput, "optimizer": Optimizer, "schedule": Schedule}
