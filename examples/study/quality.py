@@ -39,7 +39,7 @@ class Score:
 def percent(value: float) -> str:
     """A change in percent, with its sign and three digits that count."""
     digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-    return f"{value:+.{digits}f} %"
+    return f"{round(value, digits) + 0.0:+.{digits}f} %"  # no -0.00
 
 
 class Yardstick:
