@@ -7,7 +7,7 @@ HARNESS := $(VENV)/harness
 QUICK ?=
 ARGS ?=
 
-.PHONY: help .venv demo test test-harness zoo lint format types clean
+.PHONY: help .venv demo test test-harness zoo study lint format types clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test [ARGS=...]  install, then run the tests"
 	@echo "make test-harness     install lm_eval beside that, and run the tests that need it"
 	@echo "make zoo [ARGS=...]   measure every architecture, then write docs/architectures.md"
+	@echo "make study [ARGS=...] measure what drops cost, then write docs/study.md (under an hour)"
 	@echo "make lint             ruff, formatting, spelling"
 	@echo "make format           let ruff rewrite what it can"
 	@echo "make types            pyright (needs Node.js, and fetches it where there is none)"
@@ -62,6 +63,10 @@ test-harness: $(VENV)/.installed-harness
 
 zoo: $(VENV)/.installed
 	$(BIN)/python -m tests.zoo --write docs/architectures.md $(ARGS)
+
+# What was measured stays in out/study; ARGS="--anew" forgets it, ARGS="--only NAME" repeats a section.
+study: $(VENV)/.installed-study
+	$(BIN)/python -m examples.study $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,15 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spdcompile
 from spdcompile import Plan
-from spdcompile.errors import UsageError
+from spdcompile.compiled import CompiledModel
 from spdcompile.passes import pipeline
-from spdcompile.passes.base import Part
-from spdcompile.runtime import distill as distillation
 from spdcompile.runtime.distill_settings import DistillSettings, StudentInput
 from spdcompile.runtime.distilled import Distilled
-from spdcompile.runtime.local import LocalExecutor
-from spdcompile.runtime.training import Optimizer, Schedule, Trained
-from spdcompile.runtime.weights import Weights, bind, checkpoint_tensors, unbind
+from spdcompile.runtime.weights import bind, checkpoint_tensors, unbind
 from tests.compare import rel_err
 from tests.models import FAMILIES, tiny, token_ids
 
@@ -40,10 +34,15 @@ def _model() -> PreTrainedModel:
 
 
 @cache
+def _compiled(tp: int = TP) -> CompiledModel:
+    return spdcompile.compile(_model(), tp=tp, executor="local", backend="eager")
+
+
+@cache
 def _distilled(mask: tuple[bool, ...] = MASK, tp: int = TP, mode: str = "PROGRESSIVE") -> Distilled:
     settings = DistillSettings(student_input=StudentInput[mode], **SETTINGS)
     return spdcompile.distill(
-        _model(), TOKENS, tp=tp, spd_mask=list(mask), settings=settings, progress=False
+        _compiled(tp), TOKENS, tp=tp, spd_mask=list(mask), settings=settings, progress=False
     )
 
 
@@ -148,7 +147,7 @@ def _segments(*dropped: tuple[int, str]) -> tuple[spdcompile.Distilled, Plan]:
     plan = Plan(TP, LAYERS, dropped=frozenset(dropped))
     settings = DistillSettings(**SETTINGS)
     return spdcompile.distill(
-        _model(), TOKENS, tp=TP, spd_mask=plan, settings=settings, progress=False
+        _compiled(), TOKENS, tp=TP, spd_mask=plan, settings=settings, progress=False
     ), plan
 
 
@@ -170,10 +169,9 @@ def test_blocks_between_kept_points_are_distilled_together(
     layers = {name.split(".")[2] for name in distilled.tensors}
     assert layers == {str(layer) for run in runs for layer in run}
     expected = _logits(_model(), (False,) * LAYERS)
-    changed = _applied(distilled)
     errors = [
-        spdcompile.compile(model, tp=TP, spd_mask=plan, backend="eager")(TOKENS).logits - expected
-        for model in (_model(), changed)
+        _compiled().with_mask(plan).with_weights(tensors)(TOKENS).logits - expected
+        for tensors in ({}, distilled.tensors)
     ]
     assert errors[1].square().mean() < 0.95 * errors[0].square().mean()
 
@@ -181,7 +179,7 @@ def test_blocks_between_kept_points_are_distilled_together(
 def test_matching_logits_brings_them_nearer() -> None:
     settings = DistillSettings(**SETTINGS, logit_steps=24)
     distilled = spdcompile.distill(
-        _model(), TOKENS, tp=TP, spd_mask=[False, True, False], settings=settings, progress=False
+        _compiled(), TOKENS, tp=TP, spd_mask=[False, True, False], settings=settings, progress=False
     )
     assert [(entry.layers, entry.loss) for entry in distilled.history] == [
         ((1,), "mse"),
@@ -196,99 +194,12 @@ def test_kl_of_the_history_is_that_of_the_new_weights() -> None:
     mask = (False, True, False)
     settings = DistillSettings(**{**SETTINGS, "held_out": 0.0}, logit_steps=8)
     distilled = spdcompile.distill(
-        _model(), TOKENS, tp=TP, spd_mask=list(mask), settings=settings, progress=False
+        _compiled(), TOKENS, tp=TP, spd_mask=list(mask), settings=settings, progress=False
     )
     wanted = _logits(_model(), (False,) * LAYERS).log_softmax(-1)
     found = _logits(_applied(distilled), mask).log_softmax(-1)
     kl = (wanted.exp() * (wanted - found)).sum(-1).mean().item()
     assert distilled.history[-1].after == pytest.approx(kl, rel=1e-3)
-
-
-def test_run_that_was_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = DistillSettings(**SETTINGS, logit_steps=4, resume=tmp_path)
-    arguments = {"tp": TP, "spd_mask": list(MASK), "settings": settings, "progress": False}
-    real, trained = distillation.train, []
-
-    def train(*args: Any, **given: Any) -> Trained:
-        if len(trained) == 1:
-            raise KeyboardInterrupt
-        trained.append(real(*args, **given))
-        return trained[-1]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(distillation, "train", train)
-        with pytest.raises(KeyboardInterrupt):
-            spdcompile.distill(_model(), TOKENS, **arguments)
-    assert list(tmp_path.iterdir())
-    resumed = spdcompile.distill(_model(), TOKENS, **arguments)
-    fresh = replace(settings, resume=None)
-    whole = spdcompile.distill(_model(), TOKENS, **{**arguments, "settings": fresh})
-    assert resumed.history == whole.history and len(whole.history) == 3
-    assert all(torch.equal(resumed.tensors[name], x) for name, x in whole.tensors.items())
-    monkeypatch.setattr(distillation, "train", None)  # nothing is left to train
-    again = spdcompile.distill(_model(), TOKENS, **arguments)
-    assert again.history == whole.history
-
-
-def test_tensors_of_an_earlier_run_that_are_damaged_are_an_error(tmp_path: Path) -> None:
-    settings = DistillSettings(steps=1, batch_size=8, resume=tmp_path)
-    arguments = {"tp": TP, "spd_mask": list(MASK), "settings": settings, "progress": False}
-    spdcompile.distill(_model(), TOKENS, **arguments)
-    (file, *_) = tmp_path.glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UsageError, match=file.name):
-        spdcompile.distill(_model(), TOKENS, **arguments)
-
-
-def test_paper_settings_count_epochs() -> None:
-    settings = DistillSettings.paper(batch_size=2, epochs=3.0)
-    distilled = spdcompile.distill(
-        _model(), TOKENS, tp=TP, spd_mask=list(MASK), settings=settings, progress=False
-    )
-    assert [entry.steps for entry in distilled.history] == [12, 12]  # 3 passes over 8 chunks
-    assert all(entry.after < entry.before for entry in distilled.history)
-
-
-@pytest.mark.parametrize("optimizer", Optimizer)
-@pytest.mark.parametrize("schedule", Schedule)
-def test_every_optimizer_and_schedule_lowers_the_error(
-    optimizer: Optimizer, schedule: Schedule
-) -> None:
-    settings = DistillSettings(**SETTINGS, optimizer=optimizer, schedule=schedule)
-    distilled = spdcompile.distill(
-        _model(), TOKENS, tp=TP, spd_mask=[True, False, False], settings=settings, progress=False
-    )
-    assert distilled.history[0].after < 0.9 * distilled.history[0].before
-
-
-def test_hidden_states_in_files_change_nothing(tmp_path: Path) -> None:
-    settings = DistillSettings(**SETTINGS, memory_bytes=0, scratch=tmp_path)
-    distilled = spdcompile.distill(
-        _model(), TOKENS, tp=TP, spd_mask=list(MASK), settings=settings, progress=False
-    )
-    assert distilled.history == _distilled().history
-    assert not list(tmp_path.iterdir())
-
-
-def test_weights_of_a_directory_are_held_a_segment_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _model().save_pretrained(tmp_path)
-    held: list[int] = []
-    real = LocalExecutor._bind
-
-    def bind(executor: LocalExecutor, part: Part, tensors: Weights) -> dict[str, Tensor]:
-        held.append(len(executor.params._held))
-        return real(executor, part, tensors)
-
-    monkeypatch.setattr(LocalExecutor, "_bind", bind)
-    settings = DistillSettings(student_input=StudentInput.PROGRESSIVE, **SETTINGS)
-    distilled = spdcompile.distill(
-        tmp_path, TOKENS, tp=TP, spd_mask=list(MASK), settings=settings, progress=False
-    )
-    assert max(held) == 1 and len(held) == LAYERS + 1  # the prelude beside the first block
-    for name, tensor in _distilled().tensors.items():
-        torch.testing.assert_close(distilled.tensors[name], tensor)
 
 
 @pytest.mark.parametrize("family", ("llama", "opt", "gpt2", "bloom"))
