@@ -11,22 +11,22 @@ from pathlib import Path
 from tabulate import tabulate
 
 import spdcompile
-from spdcompile.budget import Budget
 from spdcompile.cli.quiet import quiet_transformers
 from spdcompile.cli.reading import read_tokens
 from spdcompile.cli.tune import UNMET
 from spdcompile.cli.writing import STDOUT, check_target, write_output
 from spdcompile.errors import UsageError
 from spdcompile.export import check_empty
-from spdcompile.ladder import Effort, Rung
-from spdcompile.latency import Latencies
 from spdcompile.models import resolve_model
 from spdcompile.plan import PLAN_FILE
 from spdcompile.runtime.calibrate import Points
 from spdcompile.runtime.distill_settings import DistillSettings
 from spdcompile.runtime.evaluate import Quality
-from spdcompile.tune_settings import TuneSettings
-from spdcompile.tuned import Tuned
+from spdcompile.tuning.budget import Budget
+from spdcompile.tuning.ladder import Effort, Rung
+from spdcompile.tuning.latency import Latencies
+from spdcompile.tuning.settings import TuneSettings
+from spdcompile.tuning.tuned import Tuned
 
 _HEADERS = ["point", "score", "alone", "class", "tried: perplexity (points dropped)", "outcome"]
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spdcompile import Plan
 from spdcompile.cli.tune import UNMET, share
-from spdcompile.latency import Latencies
+from spdcompile.tuning.latency import Latencies
 from tests.cli.conftest import Command, Outcome
 from tests.models import tiny
 

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spdcompile import Budget, PointClass
-from spdcompile.choosing import choose
 from spdcompile.errors import UsageError
-from spdcompile.ladder import (
+from spdcompile.runtime.order import Order, Step
+from spdcompile.runtime.validation import HeldOut, is_better
+from spdcompile.tuning.choosing import choose
+from spdcompile.tuning.ladder import (
     Attempt,
     Choice,
     Effort,
@@ -21,9 +23,7 @@ from spdcompile.ladder import (
     choose_by_saving,
     longest,
 )
-from spdcompile.runtime.order import Order, Step
-from spdcompile.runtime.validation import HeldOut, is_better
-from spdcompile.tuned import decisions_of, thresholds_of
+from spdcompile.tuning.tuned import decisions_of, thresholds_of
 
 COUNT = 12
 BASE = HeldOut((3.0, 3.2, 2.8, 3.1), 0.0, 1.0)

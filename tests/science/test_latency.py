@@ -11,7 +11,7 @@ import pytest
 import spdcompile
 from spdcompile import Budget, Latencies, Plan, saving
 from spdcompile.errors import UsageError
-from spdcompile.latency import step_seconds
+from spdcompile.tuning.latency import step_seconds
 from tests.models import tiny
 from tests.science.tuned_model import LAYERS, SETTINGS, TP, ZERO_SHOT, model, tokens, tuned
 
@@ -35,7 +35,7 @@ def test_measured_latencies_are_checked_with_the_plan(monkeypatch: pytest.Monkey
         plans.append(plan)
         return 1.0, 1.0 - 0.1 * len(plan.dropped)
 
-    monkeypatch.setattr("spdcompile.latency.step_seconds", seconds)
+    monkeypatch.setattr("spdcompile.tuning.latency.step_seconds", seconds)
     monkeypatch.setattr(saving, "step_seconds", seconds)
     monkeypatch.setattr(saving, "check_cores", lambda tp: None)
     found = tuned(Budget(min_faster=0.15), ZERO_SHOT)

@@ -17,12 +17,12 @@ import spdcompile
 from spdcompile import Budget, Plan, PointClass, Points, Tuned
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import PlanError, RefusalError, UsageError
-from spdcompile.ladder import Effort, Rung
 from spdcompile.runtime.data import perplexity
 from spdcompile.runtime.evaluate import Evaluator
 from spdcompile.runtime.executor import Executor
 from spdcompile.runtime.validation import HeldOut, Validation
-from spdcompile.trials import RecordedTrials
+from spdcompile.tuning.ladder import Effort, Rung
+from spdcompile.tuning.trials import RecordedTrials
 from tests.models import tiny
 from tests.science.tuned_model import (
     LAYERS,
@@ -139,7 +139,7 @@ def test_validation_is_never_trained_on(monkeypatch: pytest.MonkeyPatch) -> None
         seen.append(given)
         return spdcompile.distill(compiled, given, **settings)
 
-    monkeypatch.setattr("spdcompile.trials.distill", watching)
+    monkeypatch.setattr("spdcompile.tuning.trials.distill", watching)
     tuned(Budget(min_saved=0.5), SETTINGS)
     trained, held = tokens()[:-3], tokens()[-3:]
     assert [len(given) for given in seen] == [16, len(trained)], "short: what its steps see"
@@ -163,7 +163,7 @@ def test_nothing_is_run_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for owner, name in ((Evaluator, "_measured"), (Validation, "measure")):
         monkeypatch.setattr(owner, name, failing)
     monkeypatch.setattr(RecordedTrials, "_distilled", failing)
-    monkeypatch.setattr("spdcompile.trials.group_heads", failing)
+    monkeypatch.setattr("spdcompile.tuning.trials.group_heads", failing)
     again = tuned(Budget(min_saved=0.5), settings)
     assert again.plan.content_hash == first.plan.content_hash
     assert again.recovered == first.recovered and again.tensors.keys() == first.tensors.keys()

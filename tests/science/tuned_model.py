@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import spdcompile
 from spdcompile import Budget, DistillSettings, Points, Tuned, TuneSettings
 from spdcompile.compiled import CompiledModel
-from spdcompile.ladder import Effort, Rung
+from spdcompile.tuning.ladder import Effort, Rung
 from tests.models import tiny
 
 TP, LAYERS = 2, 3

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spdcompile.budget import Budget
-from spdcompile.ladder import Choice, Effort, Rung, Trials, choose_by_loss, choose_by_saving
+from spdcompile.tuning.budget import Budget
+from spdcompile.tuning.ladder import Choice, Effort, Rung, Trials, choose_by_loss, choose_by_saving
 
 
 def choose(

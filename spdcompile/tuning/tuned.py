@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from spdcompile.budget import Budget
 from spdcompile.export import export_hf
-from spdcompile.ladder import Attempt, Choice, Rung
 from spdcompile.models import ModelSource
 from spdcompile.passes.drop import PointName
 from spdcompile.plan import Plan
 from spdcompile.runtime.evaluate import Quality
 from spdcompile.runtime.order import Order
+from spdcompile.tuning.budget import Budget
+from spdcompile.tuning.ladder import Attempt, Choice, Rung
 
 
 class PointClass(enum.Enum):

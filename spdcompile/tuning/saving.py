@@ -8,14 +8,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from spdcompile.budget import Budget
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import UsageError
-from spdcompile.latency import Latencies, check_cores, measure_latencies, step_seconds
 from spdcompile.passes.base import Program
 from spdcompile.passes.verify import count_sync_nodes
 from spdcompile.plan import Plan
-from spdcompile.tuned import Savings
+from spdcompile.tuning.budget import Budget
+from spdcompile.tuning.latency import Latencies, check_cores, measure_latencies, step_seconds
+from spdcompile.tuning.tuned import Savings
 
 
 class Meter:

@@ -17,11 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from spdcompile.budget import Budget
-from spdcompile.choosing import choose
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import RefusalError, UsageError
-from spdcompile.ladder import Attempt, Rung
 from spdcompile.loading import load_model
 from spdcompile.models import ModelSource
 from spdcompile.passes.drop import PointName
@@ -35,10 +32,13 @@ from spdcompile.runtime.hidden import HiddenStates, hidden_states
 from spdcompile.runtime.order import Order, order_points
 from spdcompile.runtime.record import Record, key_of
 from spdcompile.runtime.validation import Validation
-from spdcompile.saving import Meter, check_latencies, saves_enough
-from spdcompile.trials import Bench, RecordedTrials
-from spdcompile.tune_settings import TuneSettings
-from spdcompile.tuned import Tuned, decisions_of, thresholds_of, with_figures
+from spdcompile.tuning.budget import Budget
+from spdcompile.tuning.choosing import choose
+from spdcompile.tuning.ladder import Attempt, Rung
+from spdcompile.tuning.saving import Meter, check_latencies, saves_enough
+from spdcompile.tuning.settings import TuneSettings
+from spdcompile.tuning.trials import Bench, RecordedTrials
+from spdcompile.tuning.tuned import Tuned, decisions_of, thresholds_of, with_figures
 from spdcompile.undropped import local_executor, undropped
 
 _HELD_OUT = 8

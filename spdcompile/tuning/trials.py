@@ -21,7 +21,6 @@ from spdcompile.compiled import CompiledModel
 from spdcompile.errors import RefusalError, SaveError
 from spdcompile.files import write_whole
 from spdcompile.grouping import group_heads
-from spdcompile.ladder import Attempt, Rung
 from spdcompile.models import ModelSource
 from spdcompile.passes.drop import PointName
 from spdcompile.plan import HeadGroups, Plan
@@ -29,6 +28,7 @@ from spdcompile.runtime.distill_settings import DistillSettings
 from spdcompile.runtime.order import Order
 from spdcompile.runtime.record import Record
 from spdcompile.runtime.validation import HeldOut, Validation
+from spdcompile.tuning.ladder import Attempt, Rung
 from spdcompile.undropped import undropped
 
 _ATTENTION = "attn"

@@ -131,7 +131,12 @@ def step_seconds(
         plan.save(directory / "plan.json")
         result = directory / "seconds.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={plan.tp}", "-m", "spdcompile.latency_rank", str(model)]
+        command += [
+            f"--nproc-per-node={plan.tp}",
+            "-m",
+            "spdcompile.tuning.latency_rank",
+            str(model),
+        ]
         command += [str(directory / "plan.json"), str(result), str(tokens), str(rounds), backend]
         _run(command, timeout)
         undropped, dropped = json.loads(result.read_text(encoding="utf-8"))

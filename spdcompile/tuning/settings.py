@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from spdcompile.ladder import Effort
-from spdcompile.latency import Latencies
 from spdcompile.runtime.calibrate import Method
 from spdcompile.runtime.distill_settings import DistillSettings
 from spdcompile.runtime.order import Spread
+from spdcompile.tuning.ladder import Effort
+from spdcompile.tuning.latency import Latencies
 
 _SHORTER = 5
 """Candidates of the search get this part of the steps."""

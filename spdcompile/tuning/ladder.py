@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from spdcompile.budget import Budget
 from spdcompile.runtime.validation import HeldOut, is_better
+from spdcompile.tuning.budget import Budget
 
 
 class Rung(enum.Enum):
