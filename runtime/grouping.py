@@ -54,6 +54,12 @@ def best_groups(
     return (*_by_swaps(distances, sizes), *empty), Search.LOCAL
 
 
+def random_groups(num_units: int, tp: int, generator: np.random.Generator) -> Groups:
+    """Units dealt to the ranks at random, in groups of the even split's sizes, each ascending."""
+    order = generator.permutation(num_units)
+    return tuple(tuple(sorted(order[list(group)].tolist())) for group in even_split(num_units, tp))
+
+
 def within(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> float:
     """The sum of distances between the units of a group, over all groups."""
     return sum(float(distances[np.ix_(group, group)].sum()) / 2 for group in groups if group)

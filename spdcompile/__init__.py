@@ -40,7 +40,7 @@ _HOMES = {
     "Budget": "tuning.budget",
     "Tuned": "tuning.tuned",
     "PointClass": "tuning.tuned",
-    "Latencies": "latency",
+    "Latencies": "tuning.latency",
     "SpdCompileError": "errors",
 }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import RefusalError, UsageError
+from spdcompile.group_candidates import Candidates
 from spdcompile.models import ModelSource
 from spdcompile.passes.base import Program, RegionKind
 from spdcompile.passes.probe import attention_of, follows
@@ -40,8 +41,10 @@ class LayerGroups:
         search: how they were found.
         distance: sum of the distances between the heads of a rank, over all ranks.
         distance_even: that of the even split, in order.
-        norm: sum of the norms of the MLP shards' outputs beside these groups.
+        norm: sum of the norms of the MLP shards' outputs beside the paper's groups.
         norm_unmatched: the same before groups were matched to shards.
+        kl, kl_paper, kl_even: KL divergence per token, in nats, where the layer's attention point
+            is dropped, with these groups, the paper's, and the even split; None if not measured.
     """
 
     layer: int
@@ -51,6 +54,9 @@ class LayerGroups:
     distance_even: float
     norm: float
     norm_unmatched: float
+    kl: float | None = None
+    kl_paper: float | None = None
+    kl_even: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +85,26 @@ def group_heads(
     *,
     tp: int,
     layers: frozenset[int] | None = None,
+    draws: int = 10,
     router: str | None = None,
     progress: bool = True,
 ) -> HeadGrouping:
-    """Chooses which heads share a rank, so that each rank has heads that do different things.
+    """Chooses which heads share a rank, so that dropping attention points costs least.
 
-    The method of SPD (arXiv 2502.20727), on calibration data: heads are described by their
+    The paper's groups (SPD, arXiv 2502.20727), on calibration data: heads are described by their
     attention scores, and the partition with the largest distances between the heads of a rank is
     taken; then the groups are matched to the MLP shards so that the norms of the shards' outputs
-    are largest. What moves is a unit: a head, or a K/V head with the query heads that read it.
-    Nothing is dropped here, and whether it helps is for `calibrate` with the plan to say.
+    are largest. Neither criterion ranks groups as the loss does (docs/study.md), so these groups
+    are one candidate beside the even split and random ones, and the one is taken with which the
+    drop is measured to cost least. What moves is a unit: a head, or a K/V head with the query heads
+    that read it. Nothing is dropped in the plan.
 
     Args:
         model: a loaded model, or a local directory with weights, which is loaded in float32.
         tokens: calibration chunks, int64 [chunks, length]; see `calibration_tokens`, `chunks_of`.
         tp: number of ranks; all of them run in this process.
         layers: those to group; all by default.
+        draws: how many random candidates; 0 takes the paper's groups, and measures nothing.
         router: as in `compile`. Norms are measured with each rank routing by what it sees itself.
         progress: whether to show progress bars.
 
@@ -122,6 +132,12 @@ def group_heads(
         source.executor(source.lowering(tp, groups)), tokens, wanted, _POINT, progress=progress
     )
     rows = _rows(even.program, distances, found, groups, norms)
+    if draws:
+        candidates = Candidates(source, tp, tokens, reads)
+        evenly = _evenly(even.program, wanted)
+        paper = {row.layer: row.groups for row in rows}
+        best = candidates.best(paper, evenly, draws, progress=progress)
+        rows = tuple(replace(row, **asdict(best[row.layer])) for row in rows)
     plan = Plan(
         tp,
         source.num_layers,
@@ -146,11 +162,7 @@ def _rows(
         program: split evenly.
         groups: those that were found, in the order in which the norms were measured.
     """
-    evenly = {
-        part.layer: attention_units(program, part)
-        for part in program.parts
-        if part.layer in distances
-    }
+    evenly = _evenly(program, distances)
     return tuple(
         LayerGroups(
             layer,
@@ -163,6 +175,16 @@ def _rows(
         )
         for layer in sorted(distances)
     )
+
+
+def _evenly(program: Program, layers: Iterable[int]) -> HeadGroups:
+    """The units of each rank, of some layers of a program that is split evenly."""
+    wanted = set(layers)
+    return {
+        part.layer: attention_units(program, part)
+        for part in program.parts
+        if part.layer is not None and part.layer in wanted
+    }
 
 
 def _by_first(group: tuple[int, ...]) -> tuple[bool, tuple[int, ...]]:
@@ -178,6 +200,9 @@ def _measured(row: LayerGroups) -> dict[str, Any]:
         "distance_even": row.distance_even,
         "norm": row.norm,
         "norm_unmatched": row.norm_unmatched,
+        "kl": row.kl,
+        "kl_paper": row.kl_paper,
+        "kl_even": row.kl_even,
     }
 
 

@@ -83,7 +83,7 @@ class Context:
         path = self.work / f"groups-{tp}.json"
         if not path.exists():
             tokens = self.chunks(self.calibration_text, self.sizes.grouping)
-            found = spdcompile.group_heads(self.model, tokens, tp=tp, progress=False)
+            found = spdcompile.group_heads(self.model, tokens, tp=tp, draws=0, progress=False)
             found.plan.save(path)
         return spdcompile.Plan.load(path).head_groups
 

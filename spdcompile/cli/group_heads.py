@@ -17,6 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", default="all", metavar="RANGES", help="layers to group: 0-3,7 (default all)"
     )
     parser.add_argument(
+        "--draws",
+        type=int,
+        default=10,
+        metavar="N",
+        help="random groups to measure beside the paper's and the order as it is; 0 takes the"
+        " paper's unmeasured (default 10)",
+    )
+    parser.add_argument(
         "--output", default="plan.json", metavar="FILE", help="the plan (default plan.json)"
     )
 

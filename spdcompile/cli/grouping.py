@@ -18,7 +18,15 @@ from spdcompile.models import resolve_model
 from spdcompile.passes.capture import decoder_layers
 from spdcompile.runtime.grouping import Search
 
-_HEADERS = ["layer", "units of each rank", "distance", "as it was", "MLP norms", "unmatched"]
+_HEADERS = [
+    "layer",
+    "units of each rank",
+    "KL",
+    "the paper's",
+    "as it was",
+    "distance",
+    "MLP norms",
+]
 
 
 def group_model_heads(arguments: argparse.Namespace) -> int:
@@ -34,6 +42,7 @@ def group_model_heads(arguments: argparse.Namespace) -> int:
         read_tokens(arguments, model),
         tp=arguments.tp,
         layers=layers,
+        draws=arguments.draws,
         router=arguments.router,
         progress=sys.stderr.isatty(),
     )
@@ -48,14 +57,17 @@ def _report(found: HeadGrouping) -> str:
         (
             row.layer,
             " ".join(",".join(map(str, units)) or "-" for units in row.groups),
-            f"{row.distance:.3f}",
-            f"{row.distance_even:.3f}",
-            f"{row.norm:.2f}",
-            f"{row.norm_unmatched:.2f}",
+            *("-" if kl is None else f"{kl:.5f}" for kl in (row.kl, row.kl_paper, row.kl_even)),
+            f"{row.distance:.3f} ({row.distance_even:.3f})",
+            f"{row.norm:.2f} ({row.norm_unmatched:.2f})",
         )
         for row in found.layers
     ]
-    lines = [tabulate(rows, _HEADERS, disable_numparse=True)]
+    lines = [
+        tabulate(rows, _HEADERS, disable_numparse=True),
+        "KL divergence per token with the layer's attention point dropped; distances and norms are"
+        " those of the paper's groups, in brackets those of the even split and unmatched.",
+    ]
     searches = {row.search for row in found.layers}
     if Search.NOTHING in searches:
         lines.append("One unit a rank: nothing to choose; only the matching to MLP shards acts.")

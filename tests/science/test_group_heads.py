@@ -18,7 +18,14 @@ import spdcompile
 from spdcompile import HeadGrouping, Plan
 from spdcompile.errors import PlanError, RefusalError, UsageError
 from spdcompile.passes.layout import even_split
-from spdcompile.runtime.grouping import Search, best_groups, num_partitions, partitions, within
+from spdcompile.runtime.grouping import (
+    Search,
+    best_groups,
+    num_partitions,
+    partitions,
+    random_groups,
+    within,
+)
 from spdcompile.runtime.heads import head_distances, shard_norms
 from spdcompile.undropped import local_executor, undropped
 from tests.models import num_units, tiny, token_ids
@@ -172,7 +179,7 @@ def test_norms_are_those_of_plain_torch(groups: tuple[tuple[int, ...], ...]) -> 
 
 @cache
 def _grouping(tp: int) -> HeadGrouping:
-    return spdcompile.group_heads(_llama(), TOKENS, tp=tp, progress=False)
+    return spdcompile.group_heads(_llama(), TOKENS, tp=tp, draws=0, progress=False)
 
 
 @pytest.mark.parametrize("tp", (2, 4, 8))
@@ -197,6 +204,39 @@ def test_one_unit_a_rank_is_only_matched() -> None:
     assert {row.search for row in _grouping(4).layers} == {Search.EXHAUSTIVE}
 
 
+@pytest.mark.parametrize("tp", (3, 8))
+def test_measured_groups_are_the_cheapest_of_the_candidates(tp: int) -> None:
+    found = spdcompile.group_heads(_llama(), TOKENS, tp=tp, draws=4, progress=False)
+    paper = spdcompile.group_heads(_llama(), TOKENS, tp=tp, draws=0, progress=False)
+    for row, papers in zip(found.layers, paper.layers, strict=True):
+        assert row.kl <= min(row.kl_paper, row.kl_even)
+        assert papers.kl is None and row.distance == papers.distance
+    row, papers = found.layers[0], paper.layers[0]
+    ways = ((row.groups, row.kl), (papers.groups, row.kl_paper), (even_split(8, tp), row.kl_even))
+    for groups, kl in ways:
+        assert _kl(tp, row.layer, groups) == pytest.approx(kl, rel=1e-4)
+    assert any(row.kl < row.kl_even for row in found.layers)
+
+
+def _kl(tp: int, layer: int, groups: tuple[tuple[int, ...], ...]) -> float:
+    plan = Plan(tp, 2, frozenset({(layer, "attn")}), {layer: groups})
+    compiled = spdcompile.compile(_llama(), tp=tp, spd_mask=plan, executor="local", backend="eager")
+    with torch.no_grad():
+        expected = _llama()(TOKENS).logits[:, :-1].log_softmax(-1)
+    found = compiled(TOKENS).logits[:, :-1].log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("num", "tp"), [(8, 2), (8, 3), (5, 8)])
+def test_random_groups_hold_each_unit_once(num: int, tp: int) -> None:
+    drawn = {random_groups(num, tp, np.random.default_rng(seed)) for seed in range(20)}
+    assert len(drawn) > 5
+    for groups in drawn:
+        assert sorted(unit for group in groups for unit in group) == list(range(num))
+        assert [len(group) for group in groups] == [len(group) for group in even_split(num, tp)]
+        assert all(list(group) == sorted(group) for group in groups)
+
+
 def test_plan_runs_the_model_and_knows_it(tmp_path: Path) -> None:
     plan = _grouping(4).plan
     plan.save(tmp_path / "plan.json")
@@ -212,8 +252,15 @@ def test_plan_runs_the_model_and_knows_it(tmp_path: Path) -> None:
 
 
 def test_some_layers_alone_are_grouped() -> None:
-    found = spdcompile.group_heads(_llama(), TOKENS, tp=2, layers=frozenset({1}), progress=False)
-    assert found.head_groups == {1: _grouping(2).head_groups[1]}
+    only = frozenset({1})
+    for draws in (0, 2):
+        some, all_of_them = (
+            spdcompile.group_heads(
+                _llama(), TOKENS, tp=2, layers=layers, draws=draws, progress=False
+            )
+            for layers in (only, None)
+        )
+        assert some.head_groups == {1: all_of_them.head_groups[1]}
     with pytest.raises(UsageError, match=r"does not have these layers[\s\S]*\[2\]"):
         spdcompile.group_heads(_llama(), TOKENS, tp=2, layers=frozenset({2}), progress=False)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import spdcompile
-from spdcompile import Budget, Latencies, Plan, saving
+from spdcompile import Budget, Latencies, Plan
 from spdcompile.errors import UsageError
+from spdcompile.tuning import saving
 from spdcompile.tuning.latency import step_seconds
 from tests.models import tiny
 from tests.science.tuned_model import LAYERS, SETTINGS, TP, ZERO_SHOT, model, tokens, tuned
