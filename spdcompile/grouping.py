@@ -27,6 +27,7 @@ from spdcompile.runtime.heads import (
     matched,
     shard_norms,
 )
+from spdcompile.runtime.local import LocalExecutor
 from spdcompile.undropped import Source
 
 _POINT = RegionKind.ATTENTION.value
@@ -113,30 +114,18 @@ def group_heads(
         RefusalError: no layer can be grouped; names the reason.
     """
     if isinstance(model, CompiledModel):
-        raise UsageError(
-            "Head groups change which rank holds what.",
-            where="model",
-            found="a compiled model",
-            needed="the model itself, or its directory",
-        )
+        raise _compiled_error()
     check_tp(tp)
     reads = Router.EXACT if router is None else choice(Router, router, "router")
     source = Source(model)
     check_tokens(source.model, tokens)
     even = source.executor(source.lowering(tp, {}))
     wanted, refused = _groupable(even.program, layers, reads)
-    distances = head_distances(even, tokens, wanted, progress=progress)
-    found = {layer: best_groups(apart, tp) for layer, apart in distances.items()}
-    groups = {layer: tuple(sorted(best, key=_by_first)) for layer, (best, _) in found.items()}
-    norms = shard_norms(
-        source.executor(source.lowering(tp, groups)), tokens, wanted, _POINT, progress=progress
-    )
-    rows = _rows(even.program, distances, found, groups, norms)
+    rows = _papers(source, even, tokens, wanted, progress)
     if draws:
-        candidates = Candidates(source, tp, tokens, reads)
-        evenly = _evenly(even.program, wanted)
         paper = {row.layer: row.groups for row in rows}
-        best = candidates.best(paper, evenly, draws, progress=progress)
+        evenly = _evenly(even.program, wanted)
+        best = Candidates(source, tp, tokens, reads).best(paper, evenly, draws, progress=progress)
         rows = tuple(replace(row, **asdict(best[row.layer])) for row in rows)
     plan = Plan(
         tp,
@@ -147,6 +136,32 @@ def group_heads(
         model=structure_of(source.model),
     )
     return HeadGrouping(plan, rows, refused)
+
+
+def _compiled_error() -> UsageError:
+    return UsageError(
+        "Head groups change which rank holds what.",
+        where="model",
+        found="a compiled model",
+        needed="the model itself, or its directory",
+    )
+
+
+def _papers(
+    source: Source, even: LocalExecutor, tokens: Tensor, layers: frozenset[int], progress: bool
+) -> tuple[LayerGroups, ...]:
+    """The paper's groups of each layer, by attention scores and the norms of MLP outputs.
+
+    Args:
+        even: runs the program that is split evenly.
+    """
+    tp = even.program.tp
+    distances = head_distances(even, tokens, layers, progress=progress)
+    found = {layer: best_groups(apart, tp) for layer, apart in distances.items()}
+    groups = {layer: tuple(sorted(best, key=_by_first)) for layer, (best, _) in found.items()}
+    grouped = source.executor(source.lowering(tp, groups))
+    norms = shard_norms(grouped, tokens, layers, _POINT, progress=progress)
+    return _rows(even.program, distances, found, groups, norms)
 
 
 def _rows(
