@@ -251,11 +251,11 @@ class _Distillation:
     ) -> tuple[SegmentHistory, Tensors]:
         """Training by a loss, or what an earlier run found."""
         name = f"{kind} of layers {layers[0]}-{layers[-1]}"
-        known = self.record.get(name)
-        if known is not None:
+        known, tensors_known = self.record.get(name), self.record.get_tensors(name)
+        if known is not None and tensors_known is not None:
             bar.update(settings.steps_over(len(self.training)))
             entry = SegmentHistory(**{**known, "layers": tuple(known["layers"])})
-            return entry, self.record.get_tensors(name)
+            return entry, tensors_known
         trained = train(
             tensors,
             loss,

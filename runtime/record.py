@@ -56,14 +56,15 @@ class Record:
         document = {"format": _FORMAT, "key": self._key, "results": self._results}
         self._write(self._path, (json.dumps(document, indent=1) + "\n").encode)
 
-    def get_tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors that an earlier run put under a name.
+    def get_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """The tensors that were put under a name; None if there are none.
 
         Raises:
             UsageError: their file cannot be read.
         """
         path = self._path_of(name)
-        assert path is not None, "asked for after a result of this name was found"
+        if path is None or not path.exists():
+            return None
         try:
             return load(path.read_bytes())
         except (OSError, ValueError, SafetensorError) as error:
@@ -71,11 +72,11 @@ class Record:
                 "The tensors of an earlier run cannot be read.",
                 where=str(path),
                 found=f"{type(error).__name__}: {error}",
-                fix="remove the directory's files to begin anew",
+                fix="remove the file",
             ) from error
 
     def put_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Writes tensors, whole or not at all. A result of this name is put after them.
+        """Writes tensors, whole or not at all.
 
         Raises:
             SaveError: the file cannot be written.
@@ -83,9 +84,16 @@ class Record:
         on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         self._write(self._path_of(name), lambda: save(on_cpu))
 
+    def remove_tensors_but(self, name: str) -> None:
+        """Removes the tensors of all other names."""
+        if self._path is not None:
+            files = set(self._path.parent.glob(f"{self._path.stem}-*.safetensors"))
+            for file in files - {self._path_of(name)}:
+                file.unlink(missing_ok=True)
+
     def _path_of(self, name: str) -> Path | None:
         """Where the tensors of a name are."""
-        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
         path = self._path
         return path and path.with_name(f"{path.stem}-{digest}.safetensors")
 

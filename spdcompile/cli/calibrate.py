@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from spdcompile.cli.plan_options import add_split_options, positive
+from spdcompile.cli.plan_options import add_split_options
+from spdcompile.cli.running_options import add_storage_options
 from spdcompile.cli.text_options import add_text_options
 
 METHODS = ("cumulative", "leave-one-out", "first-order")
@@ -30,17 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=METHODS,
         help="how the cost is found; may be given several times (default cumulative, the paper's)",
     )
-    parser.add_argument(
-        "--memory",
-        type=positive,
-        default=1024,
-        metavar="MIB",
-        help="hidden states beyond this go to mapped files (default 1024)",
-    )
-    parser.add_argument("--scratch", metavar="DIR", help="where those files go (default: system's)")
-    parser.add_argument(
-        "--resume", metavar="DIR", help="keep results there; a run that was killed goes on"
-    )
+    add_storage_options(parser)
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - is stdout")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from spdcompile.cli.plan_options import add_plan_options, positive
+from spdcompile.cli.running_options import add_storage_options
 from spdcompile.cli.text_options import add_text_options
 
 
@@ -28,17 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " options below change them",
     )
     _add_training(parser)
-    parser.add_argument(
-        "--memory",
-        type=positive,
-        default=1024,
-        metavar="MIB",
-        help="hidden states beyond this go to mapped files (default 1024)",
-    )
-    parser.add_argument("--scratch", metavar="DIR", help="where those files go (default: system's)")
-    parser.add_argument(
-        "--resume", metavar="DIR", help="keep results there; a run that was killed goes on"
-    )
+    add_storage_options(parser)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from spdcompile.cli.plan_options import add_plan_options, positive
+from spdcompile.cli.running_options import add_running_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,17 +63,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="chunks or requests at a time (default 8)",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights; default that of the checkpoint",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("inductor", "eager"),
-        default="inductor",
-        help="inductor (default) compiles first; eager starts at once and is slower",
-    )
+    add_running_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from spdcompile.cli.plan_options import add_plan_options, positive
+from spdcompile.cli.running_options import add_running_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,17 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from this share of them")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default 0)")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end after this text")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the weights; default that of the checkpoint",
-    )
-    parser.add_argument(
-        "--backend",
-        choices=("inductor", "eager"),
-        default="inductor",
-        help="inductor (default) compiles first; eager starts at once and is slower",
-    )
+    add_running_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,6 @@ What is measured goes to a record, and new weights beside it, so that a run that
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -13,13 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spdcompile.calibration import distill
 from spdcompile.compiled import CompiledModel
-from spdcompile.errors import RefusalError, SaveError
-from spdcompile.files import write_whole
+from spdcompile.errors import RefusalError
 from spdcompile.grouping import group_heads
 from spdcompile.models import ModelSource
 from spdcompile.passes.drop import PointName
@@ -77,9 +74,9 @@ class RecordedTrials:
 
     Args:
         order: the points, in the order in which they are dropped.
-        record: keeps the figures and head groups.
-        directory: keeps new weights, until the end; None keeps them in memory.
-        key: tells the files with these weights from those of other runs there.
+        record: keeps the figures and head groups, and new weights until the end.
+        directory: where the record is, and a distillation under way; None keeps all in memory.
+        key: tells what is there from what other runs keep.
         told: called with each attempt that was made or found.
     """
 
@@ -94,8 +91,7 @@ class RecordedTrials:
     ) -> None:
         self.bench, self.order = bench, order
         self._record, self._told = record, told
-        self._directory = None if directory is None else Path(directory)
-        self._key = key[:16]
+        self._aside = None if directory is None else Path(directory) / f"{key[:16]}-unfinished"
         self._made: dict[str, Attempt] = {}
         self._results: dict[str, Recovered] = {}
         self._grouped: dict[frozenset[int], CompiledModel] = {}
@@ -167,13 +163,12 @@ class RecordedTrials:
     def _distilled(self, count: int, full: bool, layers: frozenset[int]) -> Recovered:
         bench, base = self.bench, self._base(layers)
         settings = bench.full if full else bench.short
-        aside = None if self._directory is None else self._directory / f"{self._key}-unfinished"
         found = distill(
             base,
             bench.train if full else _spaced(bench.train, settings),
             tp=base.plan.tp,
             spd_mask=_plan(base, self.order.prefix(count)),
-            settings=settings if aside is None else replace(settings, resume=aside),
+            settings=settings if self._aside is None else replace(settings, resume=self._aside),
             progress=bench.progress,
         )
         # What is measured is what will be stored: rounding new weights is part of their cost.
@@ -223,37 +218,21 @@ class RecordedTrials:
         return {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
 
     def _keep(self, name: str, recovered: Recovered) -> None:
-        if self._directory is None:
+        if self._aside is None:
             self._results[name] = recovered
             return
-        path = self._file(name)
-        tensors = {key: tensor.contiguous() for key, tensor in recovered.tensors.items()}
-        try:
-            write_whole(path, save(tensors))
-        except OSError as error:
-            raise SaveError(
-                "The new weights cannot be written.", where=str(path), found=str(error)
-            ) from error
+        self._record.put_tensors(name, recovered.tensors)
         # It is whole now: the parts of it that distillation kept are not needed any more.
-        shutil.rmtree(self._directory / f"{self._key}-unfinished", ignore_errors=True)
+        shutil.rmtree(self._aside, ignore_errors=True)
 
     def _stored(self, name: str, layers: frozenset[int]) -> Recovered | None:
-        if self._directory is None or not self._file(name).exists():
-            return None
-        return Recovered(load_file(self._file(name)), self._head_groups(layers))
-
-    def _file(self, name: str) -> Path:
-        assert self._directory is not None, "weights are kept in files"
-        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-        return self._directory / f"{self._key}-{digest}.safetensors"
+        tensors = self._record.get_tensors(name)
+        return None if tensors is None else Recovered(tensors, self._head_groups(layers))
 
     def _remove_others(self, name: str) -> None:
         """Lets go of the weights of all attempts but one."""
         self._results = {key: kept for key, kept in self._results.items() if key == name}
-        if self._directory is not None:
-            files = set(self._directory.glob(f"{self._key}-*.safetensors"))
-            for file in files - {self._file(name)}:
-                file.unlink(missing_ok=True)
+        self._record.remove_tensors_but(name)
 
 
 def _spaced(tokens: Tensor, settings: DistillSettings) -> Tensor:
