@@ -186,17 +186,6 @@ class ShardSpec:
             whole.index_copy_(self.dim, target, stacked[rank].index_select(self.dim, keep))
         return whole
 
-    def tied(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of stacked shards [tp, ...] in which an entry's copies get their sum."""
-        if not self.repeated:
-            return gradient
-        flat = torch.from_numpy(np.where(self.index < 0, self.index.max() + 1, self.index))
-        by_entry = gradient.movedim(self.dim + 1, 1).flatten(0, 1)
-        total = by_entry.new_zeros((int(flat.max()) + 1, *by_entry.shape[1:]))
-        total.index_add_(0, flat.reshape(-1), by_entry)
-        back = total.index_select(0, flat.reshape(-1)).unflatten(0, flat.shape)
-        return back.movedim(1, self.dim + 1)
-
     @property
     def local_size(self) -> int:
         """Size along `dim` on each rank."""

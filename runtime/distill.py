@@ -33,20 +33,14 @@ from spdcompile.runtime.norm_scales import NormScales
 from spdcompile.runtime.record import Record, key_of
 from spdcompile.runtime.segments import (
     Segment,
+    Values,
     bound,
     read_after,
     run_parts,
     segments_of,
     trainable,
 )
-from spdcompile.runtime.training import (
-    Loss,
-    Tensors,
-    TrainingSettings,
-    train,
-)
-
-Values = dict[str, Tensor]
+from spdcompile.runtime.training import Loss, Tensors, TrainingSettings, train
 
 _BATCHES_JUDGED = 4
 
@@ -64,7 +58,8 @@ def distill(
     """Trains every segment that loses a sync point to give what the original gives.
 
     Memory holds the hidden states up to `settings.memory_bytes`, and of one segment the gradients,
-    the optimiser's state and a batch's activations.
+    the optimiser's state and a batch's activations; with `settings.logit_steps`, in the end, those
+    of all blocks from the first trained one on.
 
     Args:
         base: the program before anything is dropped.
@@ -119,7 +114,7 @@ class _Distillation:
         self.record, self.states = record, states
         self.batches = list(batches_of(tokens, settings.batch_size))
         self.segments = segments_of(teacher.program, student.program)
-        held = round(len(self.batches) * settings.held_out)
+        held = min(round(len(self.batches) * settings.held_out), len(self.batches) - 1)
         self.training = range(len(self.batches) - held)
         self.held_out = range(len(self.batches) - held, len(self.batches))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from spdcompile.errors import UsageError
 from spdcompile.runtime.training import Optimizer, Schedule, TrainingSettings
 
 
@@ -21,15 +22,15 @@ class StudentInput(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class DistillSettings:
-    """How segments are trained; the default is what was measured best (docs/study.md).
+    """How segments are trained; docs/distillation.md compares settings.
 
     Args:
         student_input: see StudentInput.
         steps: optimiser steps a segment; None to count epochs.
         epochs: passes over the training chunks, where steps is None.
         logit_steps: further steps in the end, in which all blocks from the first trained one on
-            learn together to give the original's logits (KL divergence); they take the
-            activations of the whole model. 0 for none.
+            learn together to give the original's logits (KL divergence); they take the weights
+            and activations of the whole model. 0 for none.
         optimizer, schedule: see there.
         learning_rate: the peak, of AdamW's scale for every optimiser.
         scale_rate: whether a segment's rate is that times the fourth root of its relative error
@@ -41,7 +42,7 @@ class DistillSettings:
             they are multiplied into its linears in the end (norm_scales.py).
         batch_size: chunks a step.
         held_out: share of the batches that are not trained on, and by which the best tensors are
-            chosen; 0 takes the last ones.
+            chosen, rounded to whole batches; with none the last tensors are taken.
         checks: how often they are chosen, evenly spread over the steps.
         patience: end a segment after so many checks in a row that are no better; None for never.
         seed: for the order of the batches.
@@ -49,6 +50,9 @@ class DistillSettings:
             goes to mapped files.
         scratch: directory in which those are made; the system's own by default.
         resume: directory for what is finished, from which a run that was killed goes on.
+
+    Raises:
+        UsageError: a number with which nothing can be trained.
     """
 
     student_input: StudentInput = StudentInput.PROGRESSIVE
@@ -70,6 +74,27 @@ class DistillSettings:
     memory_bytes: int | None = 2**30
     scratch: str | Path | None = None
     resume: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, holds, needed in (
+            ("steps", self.steps is None or self.steps >= 1, "1 at least, or None"),
+            ("epochs", self.epochs > 0, "a number above 0"),
+            ("logit_steps", self.logit_steps >= 0, "0 or more"),
+            ("learning_rate", self.learning_rate > 0, "a number above 0"),
+            ("logit_learning_rate", self.logit_learning_rate > 0, "a number above 0"),
+            ("warmup", 0 <= self.warmup <= 1, "a share from 0 to 1"),
+            ("batch_size", self.batch_size >= 1, "1 at least"),
+            ("held_out", 0 <= self.held_out < 1, "a share from 0 to below 1"),
+            ("checks", self.checks >= 1, "1 at least"),
+            ("patience", self.patience is None or self.patience >= 1, "1 at least, or None"),
+        ):
+            if not holds:
+                raise UsageError(
+                    "Nothing can be distilled like that.",
+                    where=name,
+                    found=str(getattr(self, name)),
+                    needed=needed,
+                )
 
     @classmethod
     def paper(cls, learning_rate: float = 5e-5, **others: Any) -> DistillSettings:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from spdcompile.passes.base import Part, Program
-from spdcompile.runtime.segments import Tensors, bound
+from spdcompile.runtime.segments import bound
+from spdcompile.runtime.training import Tensors
 from spdcompile.runtime.weights import unbind
 
 _LINEAR = torch.ops.aten.linear.default

@@ -15,10 +15,10 @@ from torch import Tensor
 from spdcompile.errors import RefusalError
 from spdcompile.passes.base import Part, Program
 from spdcompile.runtime.local import LocalExecutor
+from spdcompile.runtime.training import Tensors
 from spdcompile.runtime.weights import bind_stacked, unbind
 
 Values = dict[str, Tensor]
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,3 +137,20 @@ def test_weights_of_a_directory_are_held_a_segment_at_a_time(
     assert max(held) == 1 and len(held) == LAYERS + 1  # the prelude beside the first block
     for name, tensor in _distilled().tensors.items():
         torch.testing.assert_close(distilled.tensors[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ({"held_out": 1.0}, {"held_out": -0.1}, {"steps": 0}, {"epochs": 0.0}, {"logit_steps": -1}),
+)
+def test_settings_that_train_nothing_are_a_message(setting: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(setting))):
+        DistillSettings(**setting)
+
+
+def test_one_batch_at_least_is_trained_on() -> None:
+    settings = DistillSettings(steps=2, batch_size=8, held_out=0.9)
+    distilled = spdcompile.distill(
+        _compiled(), TOKENS, tp=TP, spd_mask=list(MASK), settings=settings, progress=False
+    )
+    assert [entry.steps for entry in distilled.history] == [2, 2]
