@@ -43,6 +43,7 @@ from spdcompile.runtime.segments import (
 from spdcompile.runtime.training import Loss, Tensors, TrainingSettings, train
 
 _BATCHES_JUDGED = 4
+_MOST_HELD_OUT = 16
 
 
 def distill(
@@ -114,7 +115,8 @@ class _Distillation:
         self.record, self.states = record, states
         self.batches = list(batches_of(tokens, settings.batch_size))
         self.segments = segments_of(teacher.program, student.program)
-        held = min(round(len(self.batches) * settings.held_out), len(self.batches) - 1)
+        share = round(len(self.batches) * settings.held_out)
+        held = min(share, _MOST_HELD_OUT, len(self.batches) - 1)
         self.training = range(len(self.batches) - held)
         self.held_out = range(len(self.batches) - held, len(self.batches))
 

@@ -42,7 +42,7 @@ class DistillSettings:
             they are multiplied into its linears in the end (norm_scales.py).
         batch_size: chunks a step.
         held_out: share of the batches that are not trained on, and by which the best tensors are
-            chosen, rounded to whole batches; with none the last tensors are taken.
+            chosen, rounded to whole batches, at most 16; with none the last tensors are taken.
         checks: how often they are chosen, evenly spread over the steps.
         patience: end a segment after so many checks in a row that are no better; None for never.
         seed: for the order of the batches.

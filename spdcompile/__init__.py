@@ -35,6 +35,7 @@ _HOMES = {
     "DistillSettings": "calibration",
     "StudentInput": "calibration",
     "chunks_of": "calibration",
+    "sampled_chunks": "sampled",
     "tune": "tuning.tune",
     "TuneSettings": "tuning.settings",
     "Budget": "tuning.budget",

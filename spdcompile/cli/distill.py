@@ -6,7 +6,7 @@ import argparse
 
 from spdcompile.cli.plan_options import add_plan_options, positive
 from spdcompile.cli.running_options import add_storage_options
-from spdcompile.cli.text_options import add_text_options
+from spdcompile.cli.text_options import add_sampled_option, add_text_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="local directory with weights and tokenizer")
     add_plan_options(parser)
     add_text_options(parser)
+    add_sampled_option(parser)
     parser.set_defaults(batch_size=4)
     parser.add_argument(
         "--output",

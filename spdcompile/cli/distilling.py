@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tabulate import tabulate
 
 import spdcompile
@@ -40,9 +41,16 @@ def distill_model(arguments: argparse.Namespace) -> int:
             needed="sync points to drop",
         )
     settings = _settings(arguments)
+    tokens = read_tokens(arguments, model)
+    if arguments.sampled:
+        sampled = spdcompile.sampled_chunks(
+            arguments.model, tokens, count=arguments.sampled, progress=sys.stderr.isatty()
+        )
+        # The text comes last: the best tensors are chosen by the last chunks.
+        tokens = torch.cat([sampled, tokens])
     distilled = spdcompile.distill(
         arguments.model,
-        read_tokens(arguments, model),
+        tokens,
         tp=plan.tp,
         spd_mask=plan,
         settings=settings,

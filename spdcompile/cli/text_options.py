@@ -31,3 +31,13 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="chunks at a time (default 8)"
     )
+
+
+def add_sampled_option(parser: argparse.ArgumentParser) -> None:
+    """Declares text that the model adds to the calibration text, where something is trained."""
+    parser.add_argument(
+        "--sampled",
+        type=positive,
+        metavar="N",
+        help="train on N more chunks that the model writes itself, from beginnings in the text",
+    )

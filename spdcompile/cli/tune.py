@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from spdcompile.cli.plan_options import add_split_options, positive
-from spdcompile.cli.text_options import add_text_options
+from spdcompile.cli.text_options import add_sampled_option, add_text_options
 
 UNMET = 1
 """The exit code where the best plan that was found does not keep to the budget."""
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="local directory with weights and tokenizer")
     add_split_options(parser)
     add_text_options(parser)
+    add_sampled_option(parser)
     _add_budget(parser)
     parser.add_argument(
         "--validation",

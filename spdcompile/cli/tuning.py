@@ -95,6 +95,7 @@ def _settings(arguments: argparse.Namespace) -> TuneSettings:
         search=short,
         effort=Effort(rungs=rungs),
         latencies=table,
+        sampled=arguments.sampled or 0,
         batch_size=arguments.batch_size,
         resume=arguments.resume,
     )

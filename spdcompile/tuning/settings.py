@@ -27,6 +27,8 @@ class TuneSettings:
         first: how it is found what each point costs by itself: leave-one-out, or first-order, which
             is an estimate that may put a point too late.
         spreads: the orders to choose from, by how the points that stay lie among the others.
+        sampled: chunks that the model writes itself (`sampled_chunks`), distilled on besides those
+            that are given. The order, head groups and what is held out are of the given text.
         group_chunks: on how many chunks heads are grouped.
         latencies: a table; None measures on this machine, if the budget asks for latency.
         latency_tokens: of the step that is measured.
@@ -42,6 +44,7 @@ class TuneSettings:
     order_chunks: int = 32
     first: Method = Method.ALONE
     spreads: tuple[Spread, ...] = tuple(Spread)
+    sampled: int = 0
     group_chunks: int = 32
     latencies: Latencies | None = None
     latency_tokens: int = 64

@@ -39,6 +39,7 @@ class Bench:
         source: the model itself, for head groups of its own.
         compiled: it with nothing dropped.
         train: chunks to distil and to group heads on, int64 [chunks, length].
+        sampled: chunks that the model wrote, to distil on besides, int64 [chunks, length].
         group_chunks: how many of them heads are grouped on.
         validation: measures on held-out chunks.
         short, full: how to distil during the search, and what is taken.
@@ -49,6 +50,7 @@ class Bench:
     source: ModelSource
     compiled: CompiledModel
     train: Tensor
+    sampled: Tensor
     group_chunks: int
     validation: Validation
     short: DistillSettings
@@ -163,9 +165,11 @@ class RecordedTrials:
     def _distilled(self, count: int, full: bool, layers: frozenset[int]) -> Recovered:
         bench, base = self.bench, self._base(layers)
         settings = bench.full if full else bench.short
+        # The given text comes last: distillation chooses the best tensors by the last chunks.
+        tokens = torch.cat([bench.sampled, bench.train])
         found = distill(
             base,
-            bench.train if full else _spaced(bench.train, settings),
+            tokens if full else _spaced(tokens, settings),
             tp=base.plan.tp,
             spd_mask=_plan(base, self.order.prefix(count)),
             settings=settings if self._aside is None else replace(settings, resume=self._aside),

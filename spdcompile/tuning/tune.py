@@ -32,6 +32,7 @@ from spdcompile.runtime.hidden import HiddenStates, hidden_states
 from spdcompile.runtime.order import Order, order_points
 from spdcompile.runtime.record import Record, key_of
 from spdcompile.runtime.validation import Validation
+from spdcompile.sampled import sampled_chunks
 from spdcompile.tuning.budget import Budget
 from spdcompile.tuning.choosing import choose
 from spdcompile.tuning.ladder import Attempt, Rung
@@ -201,6 +202,7 @@ class _Tuning:
         settings, plain = self.settings, local_executor(self.compiled)
         keyed = {
             "tune": [_facts(settings.short), _facts(settings.distill), settings.group_chunks],
+            "sampled": settings.sampled,
             "validation": hashlib.sha256(held.contiguous().numpy().tobytes()).hexdigest(),
             "router": self.compiled.plan.router.value,
             "batch_size": settings.batch_size,
@@ -211,6 +213,7 @@ class _Tuning:
             self.source,
             self.compiled,
             train,
+            self._sampled(train),
             settings.group_chunks,
             Validation(plain, held, states=states, batch_size=settings.batch_size),
             settings.short,
@@ -222,6 +225,13 @@ class _Tuning:
             RecordedTrials(bench, order, record, settings.resume, key, told)
             for order in self.orders
         )
+
+    def _sampled(self, train: Tensor) -> Tensor:
+        """What the model writes itself, int64 [chunks, length]."""
+        count = self.settings.sampled
+        if not count:
+            return train[:0]
+        return sampled_chunks(self.source, train, count=count, progress=self.progress)
 
     def _plan(self, order: Order, count: int) -> Plan:
         return replace(self.compiled.plan, dropped=order.prefix(count))

@@ -48,6 +48,14 @@ def test_checkpoint_holds_the_new_weights_and_the_plan(distilled: Outcome, direc
     assert torch.isfinite(compiled(torch.arange(8)[None]).logits).all()
 
 
+def test_sampled_text_is_trained_on(command: Command, tmp_path: Path) -> None:
+    # One epoch of batches of four chunks: eight of the text, and four more.
+    options = (*TEXT, "--tp", "2", "--spd-mask", "7", "--epochs", "1", "--sampled", "4")
+    outcome = command("distill", str(MODEL), *options, "--output", str(tmp_path / "out"))
+    assert outcome.code == 0
+    assert outcome.out.splitlines()[2].split()[-1] == "3"
+
+
 def test_papers_settings_take_epochs(command: Command, tmp_path: Path) -> None:
     options = (*TEXT, "--tp", "2", "--spd-mask", "7", "--paper", "5e-5", "--epochs", "1")
     outcome = command("distill", str(MODEL), *options, "--output", str(tmp_path / "out"))

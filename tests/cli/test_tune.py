@@ -78,7 +78,7 @@ def test_budget_that_is_not_met_has_an_exit_code(
     )
     table = ("--min-faster", "90%", "--latencies", str(directory / "table.json"))
     options = ("--points", "attn", "--no-groups", "--plan-only", str(directory / "unmet.json"))
-    outcome = command("tune", model, *SMALL, *TEXTS[:2], *table, *options)
+    outcome = command("tune", model, *SMALL, *TEXTS[:2], *table, *options, "--sampled", "2")
     assert (outcome.code, outcome.err) == (UNMET, "")
     assert "lower latency): NOT MET; this is the best plan found" in outcome.out
     assert "Latency: 20.0% gone by the table" in outcome.out
