@@ -31,7 +31,7 @@ class Sizes:
     tps: tuple[int, ...] = (2, 4, 8)
     length: int = 256
     heldout: int = 32
-    calibration: int = 64
+    calibration: int = 128
     scoring: int = 8
     choosing: int = 8
     grouping: int = 4
