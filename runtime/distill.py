@@ -43,6 +43,8 @@ from spdcompile.runtime.segments import (
 from spdcompile.runtime.training import Loss, Tensors, TrainingSettings, train
 
 _BATCHES_JUDGED = 4
+_ALL_WRONG = 1.0
+"""Nats by which logits have nothing in common any more with what they should be."""
 _MOST_HELD_OUT = 16
 
 
@@ -194,23 +196,27 @@ class _Distillation:
         tensors = trainable(self.teacher, segment.original)
         if self.settings.rank_local_norms:
             tensors |= scales.ones(tensors)
-        settings = self.settings.training
-        if self.settings.scale_rate:
-            share = self._relative_error(segment, loss, tensors, targets) ** 0.25
-            settings = replace(settings, learning_rate=settings.learning_rate * min(1.0, share))
+        wanted = [targets[batch][name] for batch in self._judged for name in segment.outputs]
+        power = sum(float(value.float().square().mean()) for value in wanted) / len(wanted)
+        settings = self._scaled(self.settings.training, loss, tensors, power)
         entry, found = self._trained(segment.layers, "mse", tensors, loss, settings, bar)
         return entry, scales.folded(found)
 
+    @property
+    def _judged(self) -> range:
+        """Batches on which it is seen how wrong something is before it is trained."""
+        return (self.held_out or self.training)[:_BATCHES_JUDGED]
+
     @torch.no_grad()
-    def _relative_error(
-        self, segment: Segment, loss: Loss, tensors: Tensors, targets: list[Values]
-    ) -> float:
-        """MSE of a segment before training over the mean square of what it is to give."""
-        batches = (self.held_out or self.training)[:_BATCHES_JUDGED]
-        wanted = [targets[batch][name] for batch in batches for name in segment.outputs]
-        power = sum(float(value.float().square().mean()) for value in wanted) / len(wanted)
-        error = sum(float(loss(tensors, batch)) for batch in batches) / len(batches)
-        return error / power if power else 1.0
+    def _scaled(
+        self, settings: TrainingSettings, loss: Loss, tensors: Tensors, whole: float
+    ) -> TrainingSettings:
+        """With the rate that suits a loss before training, as a share of the whole one."""
+        if not self.settings.scale_rate or not whole:
+            return settings
+        found = sum(float(loss(tensors, batch)) for batch in self._judged) / len(self._judged)
+        share = min(1.0, (found / whole) ** 0.25)
+        return replace(settings, learning_rate=settings.learning_rate * share)
 
     def _by_logits(
         self, first: int, changed: Tensors, inputs: list[Values], ends: list[Values], bar: tqdm
@@ -235,7 +241,8 @@ class _Distillation:
 
         tensors = {**trainable(self.teacher, originals[:-1]), **changed}
         layers = tuple(part.layer for part in parts if part.layer is not None)
-        return self._trained(layers, "kl", tensors, loss, self.settings.logit_training, bar)
+        settings = self._scaled(self.settings.logit_training, loss, tensors, _ALL_WRONG)
+        return self._trained(layers, "kl", tensors, loss, settings, bar)
 
     def _trained(
         self,

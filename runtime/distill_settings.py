@@ -35,8 +35,8 @@ class DistillSettings:
         learning_rate: the peak, of AdamW's scale for every optimiser.
         scale_rate: whether a segment's rate is that times the fourth root of its relative error
             (MSE over the mean square of the target; 1 at most), so that one which is nearly right
-            is not disturbed.
-        logit_learning_rate: that of the steps for the logits.
+            is not disturbed. That of the logits is scaled by their KL divergence, in nats.
+        logit_learning_rate: the peak of the steps for the logits.
         warmup: share of the steps in which the rate rises to it.
         rank_local_norms: whether each rank has norm weights of its own while a segment is trained;
             they are multiplied into its linears in the end (norm_scales.py).
@@ -63,7 +63,7 @@ class DistillSettings:
     schedule: Schedule = Schedule.LINEAR
     learning_rate: float = 6e-3
     scale_rate: bool = True
-    logit_learning_rate: float = 3e-4
+    logit_learning_rate: float = 2e-3
     warmup: float = 0.05
     rank_local_norms: bool = False
     batch_size: int = 4
