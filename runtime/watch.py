@@ -30,6 +30,7 @@ from spdcompile.runtime.faults import (
     find_other_call,
 )
 from spdcompile.runtime.processes import Identity, end_with, torchrun_of
+from spdcompile.runtime.shared_memory import steps
 
 EVIDENCE_S = 3.0  # for finding out who broke a connection
 LAST_WORDS_S = 3.0  # for a rank's main thread to end by itself once a fault is known
@@ -134,7 +135,7 @@ class Watch:
     def _publish(self) -> None:
         with suppress(RuntimeError):  # a group that was destroyed at the end of the program
             for group in self._groups:
-                self._started[group.group_name] = started_collectives(group)
+                self._started[group.group_name] = started_collectives(group) + steps(group)
         self._beats += 1
         report = Report(
             beat=self._beats,

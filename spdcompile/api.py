@@ -34,6 +34,7 @@ def compile(
     dtype: torch.dtype | None = None,
     vocab: str | None = None,
     timeout: float | None = None,
+    transport: str = "auto",
 ) -> CompiledModel:
     """Splits a causal LM over `tp` tensor-parallel ranks, drops sync points and makes it callable.
 
@@ -58,6 +59,8 @@ def compile(
             splits tables of 256 MiB and more.
         timeout: seconds that ranks may wait for one before it counts as stalled and all of them
             end; loading and compiling are not counted. 120 by default; SPD_TIMEOUT overrides it.
+        transport: what carries tensors between ranks: "shared-memory", for ranks of one host on
+            CPU; "process-group", which is gloo or NCCL; "auto" takes the first where it can.
 
     Raises:
         CheckpointError: a tensor is missing, extra, misshapen or not finite.
@@ -69,7 +72,7 @@ def compile(
     """
     check_tp(tp)
     table = Vocabulary.BY_SIZE if vocab is None else choice(Vocabulary, vocab, "vocab")
-    with Running(tp, executor, backend, device, timeout).among_ranks(model) as running:
+    with Running(tp, executor, backend, device, timeout, transport).among_ranks(model) as running:
         loaded = load_model(model, dtype)
         _mention_plan(loaded.directory, spd_mask)
         plan = make_plan(loaded.model, tp, spd_mask, head_groups, router)
