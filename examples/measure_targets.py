@@ -1,6 +1,6 @@
 """What `tune` finds for budgets that say how many sync points go and what that may cost.
 
-    python examples/measure_targets.py [--only NAME ...] [--sampled 2400] [--logit-steps 900]
+    python examples/measure_targets.py [--only NAME ...] [--sampled 1200] [--logit-steps 900]
 
 Each budget is tuned from the calibration text alone, the end of which chooses between candidates;
 what came out is then judged on the held-out text, which tuning has not seen. With --work, what is
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--steps", type=int, default=60, help="a segment")
     parser.add_argument("--logit-steps", type=int, default=900, help="in the end, together")
-    parser.add_argument("--sampled", type=int, default=2400, help="chunks that the model writes")
+    parser.add_argument("--sampled", type=int, default=1200, help="chunks that the model writes")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--heldout", type=int, help="chunks of held-out text (all)")
     parser.add_argument("--work", type=Path, help="keep what is measured there")
