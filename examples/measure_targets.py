@@ -141,7 +141,7 @@ def _added(tuned: Tuned, heldout: torch.Tensor) -> tuple[float, float]:
     compiled = spdcompile.compile(model, tp=TP, backend="eager", executor="local")
     dropped = compiled.with_mask(tuned.plan)
     kept = perplexity(compiled.executor, heldout)
-    tensors = ({}, dict(tuned.tensors))
+    tensors = ({}, {name: tensor.float() for name, tensor in tuned.tensors.items()})
     zero_shot, recovered = (
         perplexity(dropped.with_weights(each).executor, heldout) / kept - 1 for each in tensors
     )
