@@ -1,6 +1,7 @@
 """Which settings of distillation win back most: one change at a time, on the bundled model.
 
     python examples/measure_distillation.py [--drop attn] [--steps 60] [--only NAME ...]
+    python examples/measure_distillation.py --only "logits besides" --logit-steps 400 --sampled 2400
 
 Every row trains the same blocks for as many steps, the paper's aside, which counts epochs. The
 perplexity is that of held-out text.
@@ -37,7 +38,7 @@ POINTS = {
 }
 
 
-def settings_of(steps: int, epochs: float) -> dict[str, DistillSettings]:
+def settings_of(steps: int, epochs: float, logit_steps: int) -> dict[str, DistillSettings]:
     """What is compared, by name."""
     best = DistillSettings(steps=steps)
     return {
@@ -49,7 +50,7 @@ def settings_of(steps: int, epochs: float) -> dict[str, DistillSettings]:
         "constant": replace(best, schedule=Schedule.CONSTANT),
         "teacher's inputs": replace(best, student_input=StudentInput.TEACHER),
         "rank-local norms": replace(best, rank_local_norms=True),
-        "logits besides": replace(best, logit_steps=steps),
+        "logits besides": replace(best, logit_steps=logit_steps),
         "the paper's": DistillSettings.paper(epochs=epochs, batch_size=best.batch_size),
     }
 
@@ -60,11 +61,15 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60, help="a segment")
     parser.add_argument("--epochs", type=float, default=10.0, help="of the paper's row")
+    parser.add_argument("--logit-steps", type=int, default=60, help="of the row with logits")
     parser.add_argument("--chunks", type=int, default=128, help="of calibration text")
+    parser.add_argument(
+        "--sampled", type=int, default=0, help="chunks that the model writes besides"
+    )
     parser.add_argument("--heldout", type=int, default=96, help="chunks of held-out text")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the rows")
     args = parser.parse_args()
-    compared = settings_of(args.steps, args.epochs)
+    compared = settings_of(args.steps, args.epochs, args.logit_steps)
     wanted = {name: x for name, x in compared.items() if not args.only or name in args.only}
 
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
@@ -76,6 +81,10 @@ def main() -> None:
         )
         for name, count in texts.items()
     }
+    training = tokens["calibration"]
+    if args.sampled:
+        sampled = spdcompile.sampled_chunks(model, training, count=args.sampled)
+        training = torch.cat([sampled, training])
     compiled = spdcompile.compile(model, tp=args.tp, backend="eager", executor="local")
     plan = spdcompile.Plan(args.tp, LAYERS, frozenset(POINTS[args.drop]))
     dropped = compiled.with_mask(plan)
@@ -89,7 +98,7 @@ def main() -> None:
     for name, settings in wanted.items():
         began = time.process_time()
         distilled = spdcompile.distill(
-            compiled, tokens["calibration"], tp=args.tp, spd_mask=plan, settings=settings
+            compiled, training, tp=args.tp, spd_mask=plan, settings=settings
         )
         seconds = time.process_time() - began
         steps = sum(entry.steps for entry in distilled.history)
@@ -99,7 +108,8 @@ def main() -> None:
     print("\n" + tabulate(rows, headers, tablefmt="pipe", disable_numparse=True))
     print(
         f"\ntp {args.tp}, dropped: {args.drop}; {args.steps} steps a segment, {args.chunks} chunks "
-        f"of {LENGTH} tokens, {args.heldout} held-out; {platform.machine()}, "
+        f"of {LENGTH} tokens and {args.sampled} sampled, {args.heldout} held-out; "
+        f"{platform.machine()}, "
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {date.today()}"
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -35,17 +35,18 @@ from spdcompile.runtime.segments import (
     Segment,
     Values,
     bound,
+    only,
     read_after,
+    read_from,
     run_parts,
     segments_of,
     trainable,
 )
-from spdcompile.runtime.training import Loss, Tensors, TrainingSettings, train
+from spdcompile.runtime.training import Loss, Tensors, TrainingSettings, train, with_rate_for
 
 _BATCHES_JUDGED = 4
 _ALL_WRONG = 1.0
 """Nats by which logits have nothing in common any more with what they should be."""
-_MOST_HELD_OUT = 16
 
 
 def distill(
@@ -117,19 +118,16 @@ class _Distillation:
         self.record, self.states = record, states
         self.batches = list(batches_of(tokens, settings.batch_size))
         self.segments = segments_of(teacher.program, student.program)
-        share = round(len(self.batches) * settings.held_out)
-        held = min(share, _MOST_HELD_OUT, len(self.batches) - 1)
-        self.training = range(len(self.batches) - held)
-        self.held_out = range(len(self.batches) - held, len(self.batches))
+        chosen = settings.batches(len(self.batches))
+        self.training, self.logit_training, self.held_out = chosen
 
     def run(self, progress: bool) -> Distilled:
         """Distils segment by segment."""
         progressive = self.settings.student_input is StudentInput.PROGRESSIVE
-        teaching = [self._start(batch) for batch in self.batches]
+        teaching = {index: self._start(index) for index in (*self.training, *self.held_out)}
         learning = teaching
         changed: Tensors = {}
         history = []
-        begin: list[Values] = []
         left = sum(segment.drops for segment in self.segments) * self._steps
         left += self.settings.logit_steps
         with tqdm(total=left, desc="distil", unit="step", disable=not progress) as bar:
@@ -137,7 +135,6 @@ class _Distillation:
                 taught = self._advanced(self.teacher, segment.original, segment, teaching)
                 found: Tensors = {}
                 if segment.drops:
-                    begin = begin or teaching
                     entry, found = self._distilled(segment, learning, taught, bar)
                     history.append(entry)
                     changed.update(found)
@@ -147,7 +144,7 @@ class _Distillation:
                 learning = learning if progressive else teaching
                 self.teacher.release()
             if history and self.settings.logit_steps:
-                entry, found = self._by_logits(history[0].layers[0], changed, begin, taught, bar)
+                entry, found = self._by_logits(history[0].layers[0], changed, bar)
                 history.append(entry)
                 changed.update(found)
         return Distilled(changed, tuple(history))
@@ -157,8 +154,10 @@ class _Distillation:
         return self.settings.training.steps_over(len(self.training))
 
     @torch.no_grad()
-    def _start(self, batch: Tensor) -> Values:
-        env = program_inputs(self.teacher.program, batch.to(self.teacher.device))
+    def _start(self, index: int) -> Values:
+        """What there is of a batch before the first block."""
+        batch = self.batches[index].to(self.teacher.device)
+        env = program_inputs(self.teacher.program, batch)
         self.teacher.run_parts(env, self.teacher.program.parts[:1])
         return self.states.keep(env)
 
@@ -168,21 +167,24 @@ class _Distillation:
         executor: LocalExecutor,
         parts: Sequence[Part],
         segment: Segment,
-        before: list[Values],
+        before: Mapping[int, Values],
         tensors: Tensors | None = None,
-    ) -> list[Values]:
-        """What is read after a segment, from what was there before it."""
+    ) -> dict[int, Values]:
+        """What is read after a segment, by batch, from what was there before it."""
         later = read_after(segment, self.teacher.program, self.student.program)
         params = bound(parts, tensors or {})
-        after = []
-        for values in before:
+        after = {}
+        for index, values in before.items():
             made = run_parts(executor, parts, self._on_device(values), params)
-            kept = self.states.keep({name: made[name] for name in made if name in later})
-            after.append({name: x for name, x in values.items() if name in later} | kept)
+            after[index] = only(values, later) | self.states.keep(only(made, later))
         return after
 
     def _distilled(
-        self, segment: Segment, inputs: list[Values], targets: list[Values], bar: tqdm
+        self,
+        segment: Segment,
+        inputs: Mapping[int, Values],
+        targets: Mapping[int, Values],
+        bar: tqdm,
     ) -> tuple[SegmentHistory, Tensors]:
         """A segment's training, or what an earlier run found."""
         scales = NormScales(self.student.program, segment.parts)
@@ -196,44 +198,41 @@ class _Distillation:
         tensors = trainable(self.teacher, segment.original)
         if self.settings.rank_local_norms:
             tensors |= scales.ones(tensors)
-        wanted = [targets[batch][name] for batch in self._judged for name in segment.outputs]
+        judged = self._judged(self.training)
+        wanted = [targets[batch][name] for batch in judged for name in segment.outputs]
         power = sum(float(value.float().square().mean()) for value in wanted) / len(wanted)
-        settings = self._scaled(self.settings.training, loss, tensors, power)
-        entry, found = self._trained(segment.layers, "mse", tensors, loss, settings, bar)
+        settings = self._scaled(self.settings.training, loss, tensors, judged, power)
+        entry, found = self._trained(
+            segment.layers, "mse", tensors, loss, self.training, settings, bar
+        )
         return entry, scales.folded(found)
 
-    @property
-    def _judged(self) -> range:
+    def _judged(self, training: Sequence[int]) -> Sequence[int]:
         """Batches on which it is seen how wrong something is before it is trained."""
-        return (self.held_out or self.training)[:_BATCHES_JUDGED]
+        return (self.held_out or training)[:_BATCHES_JUDGED]
 
-    @torch.no_grad()
     def _scaled(
-        self, settings: TrainingSettings, loss: Loss, tensors: Tensors, whole: float
+        self,
+        settings: TrainingSettings,
+        loss: Loss,
+        tensors: Tensors,
+        batches: Sequence[int],
+        whole: float,
     ) -> TrainingSettings:
-        """With the rate that suits a loss before training, as a share of the whole one."""
-        if not self.settings.scale_rate or not whole:
+        if not self.settings.scale_rate:
             return settings
-        found = sum(float(loss(tensors, batch)) for batch in self._judged) / len(self._judged)
-        share = min(1.0, (found / whole) ** 0.25)
-        return replace(settings, learning_rate=settings.learning_rate * share)
+        return with_rate_for(loss, tensors, batches, whole, settings)
 
-    def _by_logits(
-        self, first: int, changed: Tensors, inputs: list[Values], ends: list[Values], bar: tqdm
-    ) -> tuple[SegmentHistory, Tensors]:
-        """The training of all blocks from the first one trained on, by the model's logits.
-
-        Args:
-            inputs: what the first of them reads.
-            ends: what the original's last part reads.
-        """
+    def _by_logits(self, first: int, changed: Tensors, bar: tqdm) -> tuple[SegmentHistory, Tensors]:
+        """The training of all blocks from the first one trained on, by the model's logits."""
         teacher, student = self.teacher.program, self.student.program
         place = next(place for place, part in enumerate(teacher.parts) if part.layer == first)
         originals, parts = teacher.parts[place:], student.parts[place:]
+        begin, ends = self._around(place)
 
         def loss(tensors: Mapping[str, Tensor], batch: int) -> Tensor:
             made = run_parts(
-                self.student, parts, self._on_device(inputs[batch]), bound(parts, tensors)
+                self.student, parts, self._on_device(begin[batch]), bound(parts, tensors)
             )
             with torch.no_grad():
                 wanted = run_parts(self.teacher, originals[-1:], self._on_device(ends[batch]), {})
@@ -241,8 +240,22 @@ class _Distillation:
 
         tensors = {**trainable(self.teacher, originals[:-1]), **changed}
         layers = tuple(part.layer for part in parts if part.layer is not None)
-        settings = self._scaled(self.settings.logit_training, loss, tensors, _ALL_WRONG)
-        return self._trained(layers, "kl", tensors, loss, settings, bar)
+        judged = self._judged(self.logit_training)
+        settings = self._scaled(self.settings.logit_training, loss, tensors, judged, _ALL_WRONG)
+        return self._trained(layers, "kl", tensors, loss, self.logit_training, settings, bar)
+
+    @torch.no_grad()
+    def _around(self, place: int) -> tuple[dict[int, Values], dict[int, Values]]:
+        """What parts from a place on read, and what the original's last one does, by batch."""
+        programs = (self.teacher.program, self.student.program)
+        begin, ends = {}, {}
+        for index in (*self.logit_training, *self.held_out):
+            env = self._on_device(self._start(index))
+            self.teacher.run_parts(env, self.teacher.program.parts[1:place])
+            begin[index] = self.states.keep(only(env, read_from(place, *programs)))
+            self.teacher.run_parts(env, self.teacher.program.parts[place:-1])
+            ends[index] = self.states.keep(only(env, read_from(-1, self.teacher.program)))
+        return begin, ends
 
     def _trained(
         self,
@@ -250,6 +263,7 @@ class _Distillation:
         kind: str,
         tensors: Tensors,
         loss: Loss,
+        training: Sequence[int],
         settings: TrainingSettings,
         bar: tqdm,
     ) -> tuple[SegmentHistory, Tensors]:
@@ -257,13 +271,13 @@ class _Distillation:
         name = f"{kind} of layers {layers[0]}-{layers[-1]}"
         known, tensors_known = self.record.get(name), self.record.get_tensors(name)
         if known is not None and tensors_known is not None:
-            bar.update(settings.steps_over(len(self.training)))
+            bar.update(settings.steps_over(len(training)))
             entry = SegmentHistory(**{**known, "layers": tuple(known["layers"])})
             return entry, tensors_known
         trained = train(
             tensors,
             loss,
-            training=self.training,
+            training=training,
             held_out=self.held_out,
             settings=settings,
             advance=bar.update,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from spdcompile.errors import UsageError
 from spdcompile.runtime.training import Optimizer, Schedule, TrainingSettings
+
+_MOST_HELD_OUT = 16
 
 
 class StudentInput(enum.Enum):
@@ -41,8 +45,8 @@ class DistillSettings:
         rank_local_norms: whether each rank has norm weights of its own while a segment is trained;
             they are multiplied into its linears in the end (norm_scales.py).
         batch_size: chunks a step.
-        held_out: share of the batches that are not trained on, and by which the best tensors are
-            chosen, rounded to whole batches, at most 16; with none the last tensors are taken.
+        held_out: share of the batches in use that are not trained on, and by which the best tensors
+            are chosen, rounded to whole batches, at most 16; with none the last tensors are taken.
         checks: how often they are chosen, evenly spread over the steps.
         patience: end a segment after so many checks in a row that are no better; None for never.
         seed: for the order of the batches.
@@ -119,6 +123,18 @@ class DistillSettings:
         }
         return cls(**{**settings, "learning_rate": learning_rate, **others})
 
+    def batches(self, count: int) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
+        """Which of so many batches segments are trained on, which the logits, which are held out.
+
+        As many as the steps take, evenly spaced over the text; those held out are its last.
+        """
+        left = count if self.steps is None else max(self.steps, self.logit_steps)
+        used = min(count, math.ceil(left / (1 - self.held_out)))
+        held = min(round(used * self.held_out), _MOST_HELD_OUT, count - 1)
+        rest = count - held
+        training = _spaced(rest, rest if self.steps is None else self.steps)
+        return training, _spaced(rest, self.logit_steps), range(rest, count)
+
     @property
     def training(self) -> TrainingSettings:
         """What concerns the training loop."""
@@ -139,3 +155,9 @@ class DistillSettings:
         """The same for the logits."""
         rate = self.logit_learning_rate
         return replace(self.training, steps=self.logit_steps, learning_rate=rate)
+
+
+def _spaced(count: int, wanted: int) -> Sequence[int]:
+    """At most so many of the first numbers, evenly spaced."""
+    taken = min(count, wanted)
+    return [place * count // taken for place in range(taken)]

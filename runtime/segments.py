@@ -7,7 +7,7 @@ value again, up to what the drop did to it; that is where a run ends.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -78,11 +78,19 @@ def segments_of(original: Program, changed: Program) -> tuple[Segment, ...]:
 
 def read_after(segment: Segment, original: Program, changed: Program) -> frozenset[str]:
     """Names of the values that either program reads after a segment."""
-    names: set[str] = set()
-    for program, last in ((original, segment.original[-1]), (changed, segment.parts[-1])):
-        later = program.parts[program.parts.index(last) + 1 :]
-        names |= {name for part in later for name in part.inputs.values()}
-    return frozenset(names)
+    place = original.parts.index(segment.original[-1]) + 1
+    return read_from(place, original, changed)
+
+
+def read_from(place: int, *programs: Program) -> frozenset[str]:
+    """Names of the values that parts from a place on read, in any of some programs."""
+    later = [part for program in programs for part in program.parts[place:]]
+    return frozenset(name for part in later for name in part.inputs.values())
+
+
+def only(values: Values, names: Collection[str]) -> Values:
+    """Those values that have one of some names."""
+    return {name: tensor for name, tensor in values.items() if name in names}
 
 
 def run_parts(

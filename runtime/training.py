@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -132,6 +132,25 @@ def train(
             break
     advance(steps - taken)
     return Trained(best, before, least, taken)
+
+
+@torch.no_grad()
+def with_rate_for(
+    loss: Loss,
+    tensors: Mapping[str, Tensor],
+    batches: Sequence[int],
+    whole: float,
+    settings: TrainingSettings,
+) -> TrainingSettings:
+    """The settings with a rate that does not disturb what is nearly right.
+
+    Args:
+        batches: on which it is seen how wrong the tensors are before training.
+        whole: the loss of what is all wrong; the rate is multiplied by the fourth root of the loss
+            as a share of it, 1 at most.
+    """
+    share = _mean(tensors, loss, batches) / whole if whole else 1.0
+    return replace(settings, learning_rate=settings.learning_rate * min(1.0, share**0.25))
 
 
 def _step(

@@ -166,10 +166,9 @@ class RecordedTrials:
         bench, base = self.bench, self._base(layers)
         settings = bench.full if full else bench.short
         # The given text comes last: distillation chooses the best tensors by the last chunks.
-        tokens = torch.cat([bench.sampled, bench.train])
         found = distill(
             base,
-            tokens if full else _spaced(tokens, settings),
+            torch.cat([bench.sampled, bench.train]),
             tp=base.plan.tp,
             spd_mask=_plan(base, self.order.prefix(count)),
             settings=settings if self._aside is None else replace(settings, resume=self._aside),
@@ -237,15 +236,6 @@ class RecordedTrials:
         """Lets go of the weights of all attempts but one."""
         self._results = {key: kept for key, kept in self._results.items() if key == name}
         self._record.remove_tensors_but(name)
-
-
-def _spaced(tokens: Tensor, settings: DistillSettings) -> Tensor:
-    """As many chunks as the steps of a short distillation see, evenly spaced over the text."""
-    if settings.steps is None:
-        return tokens
-    seen = max(settings.steps, settings.logit_steps) * settings.batch_size
-    count = min(len(tokens), seen)
-    return tokens[torch.arange(count) * len(tokens) // count]
 
 
 def _plan(base: CompiledModel, points: frozenset[PointName]) -> Plan:

@@ -154,3 +154,26 @@ def test_one_batch_at_least_is_trained_on() -> None:
         _compiled(), TOKENS, tp=TP, spd_mask=list(MASK), settings=settings, progress=False
     )
     assert [entry.steps for entry in distilled.history] == [2, 2]
+
+
+def test_batches_in_use_are_as_many_as_the_steps_and_spaced_evenly() -> None:
+    few = DistillSettings(steps=4, logit_steps=8, held_out=0.2)
+    assert few.batches(40) == ([0, 9, 19, 28], [0, 4, 9, 14, 19, 23, 28, 33], range(38, 40))
+    many = DistillSettings(steps=400, held_out=0.25)
+    assert many.batches(8) == (list(range(6)), [], range(6, 8))
+    epochs = DistillSettings(steps=None, epochs=0.1, held_out=0.0)
+    assert epochs.batches(3) == ([0, 1, 2], [], range(3, 3))
+    assert len(DistillSettings(steps=10_000).batches(10_000)[2]) == 16
+
+
+@pytest.mark.parametrize("logit_steps", (0, 2))
+def test_chunks_beyond_the_steps_do_not_matter(logit_steps: int) -> None:
+    settings = DistillSettings(steps=2, logit_steps=logit_steps, batch_size=1, held_out=0.0)
+    all_, those_in_use = (
+        spdcompile.distill(
+            _compiled(), tokens, tp=TP, spd_mask=list(MASK), settings=settings, progress=False
+        ).tensors
+        for tokens in (TOKENS, TOKENS[[0, len(TOKENS) // 2]])
+    )
+    assert all(torch.equal(all_[name], those_in_use[name]) for name in all_)
+    assert all_.keys() == those_in_use.keys()

@@ -142,9 +142,8 @@ def test_validation_is_never_trained_on(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("spdcompile.tuning.trials.distill", watching)
     tuned(Budget(min_saved=0.5), SETTINGS)
     trained, held = tokens()[:-3], tokens()[-3:]
-    assert [len(given) for given in seen] == [16, len(trained)], "short: what its steps see"
-    assert torch.equal(seen[1], trained)
-    assert not any((given[:, None] == held).all(-1).any() for given in seen)
+    assert len(seen) == 2 and all(torch.equal(given, trained) for given in seen)
+    assert not (trained[:, None] == held).all(-1).any()
     seen.clear()
     found = tuned(Budget(min_saved=0.5), ZERO_SHOT, validation=tokens()[:5])
     expected = perplexity(compiled_model().executor, tokens()[:5])
