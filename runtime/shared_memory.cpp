@@ -53,7 +53,7 @@ class Segment {
       : rank(rank), size(size), piece(piece), timeout_(timeout), bytes_(needed(size, piece)) {
     base_ = static_cast<char*>(
         mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0));
-    TORCH_CHECK(base_ != MAP_FAILED, "spdcompile: the shared segment cannot be mapped");
+    TORCH_CHECK(base_ != MAP_FAILED, "the shared segment cannot be mapped");
   }
 
   ~Segment() {
@@ -74,7 +74,7 @@ class Segment {
       await(published(other), other);
       TORCH_CHECK(
           *this->label(other) == label,
-          "spdcompile: ranks ", rank, " and ", other, " exchange different tensors: ",
+          "ranks ", rank, " and ", other, " exchange different tensors through shared memory: ",
           label.elements, " and ", this->label(other)->elements, " elements, operation ",
           label.operation, " and ", this->label(other)->operation, ", dtype ", label.dtype,
           " and ", this->label(other)->dtype);
@@ -87,6 +87,11 @@ class Segment {
     for (int other = 0; other < size; ++other) {
       await(summed(other), other);
     }
+  }
+
+  // Has a wait of this rank raise, now and from now on; other threads may ask for it.
+  void interrupt() {
+    interrupted_.store(true, std::memory_order_relaxed);
   }
 
   // How many pieces this rank has published; other threads may ask.
@@ -125,6 +130,9 @@ class Segment {
         pause();
         continue;
       }
+      TORCH_CHECK(
+          !interrupted_.load(std::memory_order_relaxed), "rank ", rank,
+          " lost its connection to rank ", other, " through shared memory");
       // The other rank may need this core.
       sched_yield();
       if (turn == kSpins) {
@@ -132,7 +140,7 @@ class Segment {
       } else if (turn % 256 == 0) {
         const std::chrono::duration<double> waited = std::chrono::steady_clock::now() - began;
         TORCH_CHECK(
-            waited.count() < timeout_, "spdcompile: rank ", rank, " waited ", timeout_,
+            waited.count() < timeout_, "rank ", rank, " waited ", timeout_,
             " s for rank ", other, " in shared memory (timed out)");
       }
     }
@@ -150,6 +158,7 @@ class Segment {
   const int64_t bytes_;
   char* base_;
   uint64_t step_ = 0;
+  std::atomic<bool> interrupted_ = false;
 };
 
 std::mutex segments_mutex;
@@ -158,7 +167,7 @@ std::unordered_map<std::string, std::shared_ptr<Segment>> segments;
 std::shared_ptr<Segment> segment_of(const std::string& group) {
   std::lock_guard<std::mutex> lock(segments_mutex);
   const auto found = segments.find(group);
-  TORCH_CHECK(found != segments.end(), "spdcompile: no shared segment for the group ", group);
+  TORCH_CHECK(found != segments.end(), "no shared segment for the group ", group);
   return found->second;
 }
 
@@ -243,7 +252,7 @@ at::Tensor all_reduce(const at::Tensor& partial, const std::string group) {
           dtype);
       break;
     default:
-      TORCH_CHECK(false, "spdcompile: sums of ", in.scalar_type(), " are not taken");
+      TORCH_CHECK(false, "sums of ", in.scalar_type(), " are not taken");
   }
   return out;
 }
@@ -251,10 +260,10 @@ at::Tensor all_reduce(const at::Tensor& partial, const std::string group) {
 // [n, ...] -> [ranks * n, ...], one rank's after the other.
 at::Tensor all_gather(const at::Tensor& shard, const std::string group, int64_t ranks) {
   const auto segment = segment_of(group);
-  TORCH_CHECK(ranks == segment->size, "spdcompile: ", group, " has ", segment->size, " ranks");
+  TORCH_CHECK(ranks == segment->size, group, " has ", segment->size, " ranks");
   const at::Tensor in = shard.contiguous();
   auto sizes = in.sizes().vec();
-  TORCH_CHECK(!sizes.empty(), "spdcompile: a single number has no dimension to gather along");
+  TORCH_CHECK(!sizes.empty(), "a single number has no dimension to gather along");
   sizes[0] *= segment->size;
   at::Tensor out = at::empty(sizes, in.options());
   std::lock_guard<std::mutex> lock(segment->mutex);
@@ -278,12 +287,16 @@ void open_segment(
     double timeout) {
   auto made = std::make_shared<Segment>(fd, rank, size, piece, timeout);
   std::lock_guard<std::mutex> lock(segments_mutex);
-  TORCH_CHECK(segments.emplace(group, made).second, "spdcompile: ", group, " has a segment already");
+  TORCH_CHECK(segments.emplace(group, made).second, group, " has a segment already");
 }
 
 void close_segment(const std::string group) {
   std::lock_guard<std::mutex> lock(segments_mutex);
   segments.erase(group);
+}
+
+void interrupt(const std::string group) {
+  segment_of(group)->interrupt();
 }
 
 int64_t steps(const std::string group) {
@@ -303,6 +316,7 @@ TORCH_LIBRARY(spd_shared_memory, library) {
       "open_segment(str group, int fd, int rank, int size, int piece, float timeout) -> ()",
       &open_segment);
   library.def("close_segment(str group) -> ()", &close_segment);
+  library.def("interrupt(str group) -> ()", &interrupt);
   library.def("steps(str group) -> int", &steps);
   library.def("segment_bytes(int size, int piece) -> int", &segment_bytes);
 }

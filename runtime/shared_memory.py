@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -61,8 +62,20 @@ def why_not_shared(group: dist.ProcessGroup, timeout: float) -> str:
 
 def steps(group: dist.ProcessGroup) -> int:
     """How many pieces this rank has published; 0 without a segment."""
+    return _operators().steps(group.group_name) if _has_segment(group) else 0
+
+
+def interrupt(groups: Iterable[dist.ProcessGroup]) -> None:
+    """Has this rank's waits for others raise, as a broken connection does."""
+    with suppress(RuntimeError):  # a group that was destroyed at the end of the program
+        for group in groups:
+            if _has_segment(group):
+                _operators().interrupt(group.group_name)
+
+
+def _has_segment(group: dist.ProcessGroup) -> bool:
     known, why = _asked.get(group.group_name, (None, ""))
-    return _operators().steps(group.group_name) if known is group and not why else 0
+    return known is group and not why
 
 
 @cache

@@ -53,14 +53,12 @@ def compile(
             torchrun started, which may be several replicas of tp ranks; None chooses by WORLD_SIZE.
         backend: "inductor" compiles the distinct blocks, "eager" runs them operator by operator.
         device: where to run; a loaded model's own by default, else the CPU.
-        dtype: of the parameters that are read from a directory, such as torch.bfloat16; that of
-            its config by default, or else that of its files.
-        vocab: "split" splits the token embeddings (one more all-reduce), "whole" does not; None
-            splits tables of 256 MiB and more.
+        dtype: of parameters read from a directory; that of its config, or its files, by default.
+        vocab: "split" (one more all-reduce) or "whole" token embeddings; None goes by 256 MiB.
         timeout: seconds that ranks may wait for one before it counts as stalled and all of them
             end; loading and compiling are not counted. 120 by default; SPD_TIMEOUT overrides it.
-        transport: what carries tensors between ranks: "shared-memory", for ranks of one host on
-            CPU; "process-group", which is gloo or NCCL; "auto" takes the first where it can.
+        transport: between ranks: "shared-memory" (of one host, on CPU), "process-group" (gloo,
+            NCCL), or "auto", which takes the first where it can.
 
     Raises:
         CheckpointError: a tensor is missing, extra, misshapen or not finite.

@@ -1,6 +1,6 @@
 """What each rank of test_shared_memory.py runs: the operators alone, without a process group.
 
-Usage: shared_memory_worker.py RANK RANKS FD ... with the descriptors of three segments. Prints
+Usage: shared_memory_worker.py RANK RANKS FD ... with the descriptors of four segments. Prints
 "ok", or fails.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
+from threading import Timer
 
 import torch
 from torch import Tensor
@@ -70,6 +71,8 @@ def check_mistakes(rank: int, ranks: int) -> None:
     _raises("different tensors", lambda: ops.all_reduce(torch.ones(3 + (rank == 1)), "different"))
     if rank:
         _raises("timed out", lambda: ops.all_reduce(torch.ones(3), "late"))
+        Timer(0.2, ops.interrupt, ["interrupted"]).start()
+        _raises("lost its connection", lambda: ops.all_reduce(torch.ones(3), "interrupted"))
 
 
 def _raises(words: str, act: object) -> None:
@@ -86,7 +89,7 @@ def main() -> None:
     torch.set_num_threads(1)
     load_library()
     for name, fd, timeout in zip(
-        ("main", "different", "late"), descriptors, (60, 60, 1), strict=True
+        ("main", "different", "late", "interrupted"), descriptors, (60, 60, 1, 60), strict=True
     ):
         torch.ops.spd_shared_memory.open_segment(name, fd, rank, ranks, PIECE, timeout)
     check_exchanges(rank, ranks)

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 @pytest.mark.parametrize("ranks", (2, 4))
 def test_ranks_get_exact_sums_and_joins(ranks: int) -> None:
     native.load_library()
-    descriptors = [os.memfd_create(f"test-{place}") for place in range(3)]
+    descriptors = [os.memfd_create(f"test-{place}") for place in range(4)]
     try:
         for fd in descriptors:
             os.ftruncate(fd, torch.ops.spd_shared_memory.segment_bytes(ranks, PIECE))
