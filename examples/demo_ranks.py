@@ -1,4 +1,7 @@
-"""One rank of the demo, started by torchrun: logits, latencies and a few words, plan by plan."""
+"""One rank of the demo, started by torchrun: logits, latencies and a few words, plan by plan.
+
+Latencies are measured through shared memory and through the process group, in the same rounds.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import spdcompile
 
 LENGTH = 64
+TRANSPORTS = ("auto", "process-group")
 PROMPT = "The server reads its configuration from"
 
 
@@ -32,35 +36,43 @@ def main() -> None:
     data = json.loads((args.out / "plans.json").read_text())
     plans = {share: spdcompile.Plan.from_dict(plan) for share, plan in data.items()}
 
-    first = spdcompile.compile(model, tp=2, backend=args.backend)
-    compiled = {share: first.with_mask(plan) for share, plan in plans.items()}
+    models = {
+        transport: spdcompile.compile(model, tp=2, backend=args.backend, transport=transport)
+        for transport in TRANSPORTS
+    }
+    programs = {
+        (share, transport): each.with_mask(plan)
+        for share, plan in plans.items()
+        for transport, each in models.items()
+    }
     text = (Path(args.model) / "heldout.txt").read_text(encoding="utf-8")
     ids = spdcompile.chunks_of(text, tokenizer, length=LENGTH, count=1)
-    logits = {share: each(ids).logits for share, each in compiled.items()}
-    medians = measure(compiled, ids, args.rounds)
-    words = generate(compiled["50"], tokenizer)
+    logits = {"/".join(key): program(ids).logits for key, program in programs.items()}
+    medians = measure(programs, ids, args.rounds)
+    words = generate(programs["50", TRANSPORTS[0]], tokenizer)
 
     rank = dist.get_rank()
     save_file({**logits, "input_ids": ids}, args.out / f"logits-rank{rank}.safetensors")
     if rank == 0:
-        rows = {share: {"median_ms": median} for share, median in medians.items()}
-        (args.out / "ranks.json").write_text(json.dumps({"rows": rows, "text": words}))
+        names = {transport: each.executor.collectives.name for transport, each in models.items()}
+        result = {"medians": medians, "transports": names, "text": words}
+        (args.out / "ranks.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def measure(
-    compiled: dict[str, spdcompile.CompiledModel], ids: Tensor, rounds: int
+    programs: dict[tuple[str, str], spdcompile.CompiledModel], ids: Tensor, rounds: int
 ) -> dict[str, float]:
-    """Median milliseconds of a forward pass of each plan, all plans in turn in every round."""
-    times: dict[str, list[float]] = {share: [] for share in compiled}
+    """Median milliseconds of a forward pass of each program, all in turn in every round."""
+    times: dict[str, list[float]] = {"/".join(key): [] for key in programs}
     for _ in range(rounds):
-        for share, each in compiled.items():
+        for key, program in programs.items():
             dist.barrier()
             began = time.perf_counter()
-            each(ids)
-            times[share].append(1000 * (time.perf_counter() - began))
-    return {share: statistics.median(values) for share, values in times.items()}
+            program(ids)
+            times["/".join(key)].append(1000 * (time.perf_counter() - began))
+    return {key: statistics.median(values) for key, values in times.items()}
 
 
 def generate(compiled: spdcompile.CompiledModel, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,14 +12,16 @@ from spdcompile.passes.ops import GATHER, SYNC
 from spdcompile.runtime._torch import OpOverload
 
 _ATEN, _FUNCTIONAL = torch.ops.aten, torch.ops._c10d_functional
+_ALL_REDUCE, _WAIT = _FUNCTIONAL.all_reduce.default, _FUNCTIONAL.wait_tensor.default
+_SUM = _ATEN.sum.dim_IntList
 
 
 class Collectives(Protocol):
     """Writes collectives of contiguous tensors into a graph."""
 
     @property
-    def sum_operator(self) -> OpOverload:
-        """Of which there is one for each all-reduce."""
+    def name(self) -> str:
+        """What carries the tensors, for readers."""
         ...
 
     def all_reduce(self, graph: fx.Graph, partial: fx.Node) -> fx.Node:
@@ -30,6 +32,10 @@ class Collectives(Protocol):
         """[n, ...] -> [ranks * n, ...], in the order of the ranks."""
         ...
 
+    def is_sum(self, node: fx.Node) -> bool:
+        """Whether a node is one that `all_reduce` returns; there is one for each of its calls."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class OfProcessGroup:
@@ -38,23 +44,49 @@ class OfProcessGroup:
     Args:
         group: name of the process group.
         ranks: number of ranks in it.
+        backend: what it is called.
     """
 
     group: str
     ranks: int
-    sum_operator = _FUNCTIONAL.all_reduce.default
+    backend: str
+
+    @property
+    def name(self) -> str:
+        return self.backend
 
     def all_reduce(self, graph: fx.Graph, partial: fx.Node) -> fx.Node:
-        return self._waited(graph, self.sum_operator, partial, "sum", self.group)
+        return self._waited(graph, _ALL_REDUCE, partial, "sum", self.group)
 
     def all_gather(self, graph: fx.Graph, shard: fx.Node) -> fx.Node:
         gather = _FUNCTIONAL.all_gather_into_tensor.default
         return self._waited(graph, gather, shard, self.ranks, self.group)
 
+    def is_sum(self, node: fx.Node) -> bool:
+        return _is_wait(node) and node.all_input_nodes[0].target is _ALL_REDUCE
+
     def _waited(self, graph: fx.Graph, op: OpOverload, *args: fx.node.Argument) -> fx.Node:
-        return graph.call_function(
-            _FUNCTIONAL.wait_tensor.default, (graph.call_function(op, args),)
-        )
+        return graph.call_function(_WAIT, (graph.call_function(op, args),))
+
+
+@dataclass(frozen=True, slots=True)
+class OfGatheredParts(OfProcessGroup):
+    """Through the group's own backend; each rank gathers all partial sums and adds them itself.
+
+    For two ranks that is as many bytes as a sum over the group, and half as many messages one
+    after the other.
+    """
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}, gathered"
+
+    def all_reduce(self, graph: fx.Graph, partial: fx.Node) -> fx.Node:
+        part = graph.call_function(_ATEN.unsqueeze.default, (partial, 0))
+        return graph.call_function(_SUM, (self.all_gather(graph, part), [0]))
+
+    def is_sum(self, node: fx.Node) -> bool:
+        return node.target is _SUM and _is_wait(node.all_input_nodes[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +95,29 @@ class OfSharedMemory:
 
     group: str
     ranks: int
-
-    @property
-    def sum_operator(self) -> OpOverload:
-        return torch.ops.spd_shared_memory.all_reduce.default
+    name = "shared memory"
 
     def all_reduce(self, graph: fx.Graph, partial: fx.Node) -> fx.Node:
-        return graph.call_function(self.sum_operator, (partial, self.group))
+        operator = torch.ops.spd_shared_memory.all_reduce.default
+        return graph.call_function(operator, (partial, self.group))
 
     def all_gather(self, graph: fx.Graph, shard: fx.Node) -> fx.Node:
         gather = torch.ops.spd_shared_memory.all_gather.default
         return graph.call_function(gather, (shard, self.group, self.ranks))
 
+    def is_sum(self, node: fx.Node) -> bool:
+        return node.target is torch.ops.spd_shared_memory.all_reduce.default
 
-def lower_collectives(module: fx.GraphModule, collectives: Collectives) -> None:
-    """Replaces the sync and gather nodes of a graph by collectives."""
+
+def _is_wait(node: fx.Node) -> bool:
+    return node.target is _WAIT
+
+
+def lower_collectives(module: fx.GraphModule, collectives: Collectives) -> int:
+    """Replaces the sync and gather nodes of a graph by collectives.
+
+    Returns: the all-reduces that are in it then.
+    """
     graph = module.graph
     for node in list(graph.nodes):
         with graph.inserting_before(node):
@@ -91,6 +131,7 @@ def lower_collectives(module: fx.GraphModule, collectives: Collectives) -> None:
         node.replace_all_uses_with(result)
         graph.erase_node(node)
     module.recompile()
+    return sum(collectives.is_sum(node) for node in graph.nodes)
 
 
 def _all_gather(graph: fx.Graph, shard: fx.Node, dim: int, collectives: Collectives) -> fx.Node:

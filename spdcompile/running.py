@@ -13,10 +13,11 @@ from spdcompile.models import ModelSource
 from spdcompile.passes.base import Program
 from spdcompile.planning import choice
 from spdcompile.runtime import launch
-from spdcompile.runtime.distributed import DistributedExecutor, Transport
+from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.executor import Backend, Executor
 from spdcompile.runtime.job import Ranks, chosen_timeout, join
 from spdcompile.runtime.local import LocalExecutor
+from spdcompile.runtime.transport import Transport
 from spdcompile.runtime.weights import Weights
 
 

@@ -52,6 +52,7 @@ def evaluate_model(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         dtype=arguments.dtype and getattr(torch, arguments.dtype),
         vocab=arguments.vocab,
+        transport=arguments.transport,
     )
     reference = None
     if arguments.reference != "none":

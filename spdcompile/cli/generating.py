@@ -33,6 +33,7 @@ def generate_text(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         dtype=arguments.dtype and getattr(torch, arguments.dtype),
         vocab=arguments.vocab,
+        transport=arguments.transport,
     )
     prompt = tokenizer(arguments.prompt, return_tensors="pt")
     torch.manual_seed(arguments.seed)

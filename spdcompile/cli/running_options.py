@@ -8,7 +8,7 @@ from spdcompile.cli.plan_options import positive
 
 
 def add_running_options(parser: argparse.ArgumentParser) -> None:
-    """Declares the dtype of the weights, and what runs the blocks."""
+    """Declares the dtype of the weights, what runs the blocks, and what is between ranks."""
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -19,6 +19,12 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
         choices=("inductor", "eager"),
         default="inductor",
         help="inductor (default) compiles first; eager starts at once and is slower",
+    )
+    parser.add_argument(
+        "--transport",
+        choices=("auto", "process-group", "shared-memory"),
+        default="auto",
+        help="between ranks under torchrun: auto (default) is shared memory on one host, else gloo",
     )
 
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
@@ -24,6 +24,14 @@ from spdcompile.files import write_whole
 from spdcompile.plan import Plan
 
 _FORMAT = "spdcompile-latencies-1"
+
+
+class Seconds(NamedTuple):
+    """Of a forward pass with nothing dropped and with a plan, and what carried the tensors."""
+
+    undropped: float
+    dropped: float
+    transport: str
 
 
 class MeasuringError(SpdCompileError):
@@ -107,11 +115,11 @@ def step_seconds(
     rounds: int = 40,
     backend: str = "inductor",
     timeout: float = 600,
-) -> tuple[float, float]:
+) -> Seconds:
     """Seconds of a forward pass of one sequence, with nothing dropped and with a plan.
 
-    One process a rank on this machine's CPU, gloo between them; the median of rounds in which both
-    programs run in turn, on rank 0.
+    One process a rank on this machine's CPU; the median of rounds in which both programs run in
+    turn, on rank 0.
 
     Args:
         model: a model, or a local directory.
@@ -139,8 +147,7 @@ def step_seconds(
         ]
         command += [str(directory / "plan.json"), str(result), str(tokens), str(rounds), backend]
         _run(command, timeout)
-        undropped, dropped = json.loads(result.read_text(encoding="utf-8"))
-    return undropped, dropped
+        return Seconds(*json.loads(result.read_text(encoding="utf-8")))
 
 
 def measure_latencies(
@@ -155,9 +162,9 @@ def measure_latencies(
     Raises:
         UsageError, MeasuringError: as `step_seconds`.
     """
-    undropped, dropped = step_seconds(model, plan, tokens=tokens, **settings)
+    undropped, dropped, transport = step_seconds(model, plan, tokens=tokens, **settings)
     count = len(plan.dropped)
-    how = f"measured: {plan.tp} processes on this machine, gloo, {count} all-reduces dropped"
+    how = f"measured: {plan.tp} processes on this machine, {transport}, {count} all-reduces dropped"
     return Latencies(plan.tp, tokens, undropped, (undropped - dropped) / count, how)
 
 

@@ -66,7 +66,7 @@ class Meter:
         savings = self.modelled(plan)
         if self._latencies is None or self._given is not None or not plan.dropped:
             return savings
-        before, after = step_seconds(self._model, plan, tokens=self._tokens)
+        before, after, _ = step_seconds(self._model, plan, tokens=self._tokens)
         return replace(savings, measured=1 - after / before)
 
 

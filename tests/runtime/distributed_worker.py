@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 import spdcompile
 from spdcompile import Plan, Router
 from spdcompile.errors import SpdCompileError
+from spdcompile.passes.ops import SYNC
+from spdcompile.runtime.collectives import OfGatheredParts, OfProcessGroup, lower_collectives
 from tests.models import left_padded, tiny, token_ids
 
 TP = 2
@@ -34,6 +36,7 @@ class Case(NamedTuple):
     lengths: tuple[int, ...] = (9,)
     router: Router = Router.EXACT
     intermediate: int = 50
+    transport: str = "auto"
 
     def model(self) -> PreTrainedModel:
         sizes = {"layers": 2, "hidden": 32, "heads": 4, "intermediate": self.intermediate}
@@ -45,7 +48,12 @@ class Case(NamedTuple):
     def run(self, executor: str) -> list[Tensor]:
         """The logits of one left-padded batch a length."""
         compiled = spdcompile.compile(
-            self.model(), tp=TP, spd_mask=self.plan(), executor=executor, backend=self.backend
+            self.model(),
+            tp=TP,
+            spd_mask=self.plan(),
+            executor=executor,
+            backend=self.backend,
+            transport=self.transport,
         )
         return [compiled(*case_inputs(length)).logits for length in self.lengths]
 
@@ -73,6 +81,8 @@ CASES = {
         "mixtral", ALL_ATTENTION, router=Router.REPLICATED, intermediate=48
     ),
     "llama, inductor, attn dropped": Case("llama", ALL_ATTENTION, "inductor", (9, 5)),
+    "llama, gloo": Case("llama", ATTENTION, transport="process-group"),
+    "llama, shared memory": Case("llama", ATTENTION, transport="shared-memory"),
 }
 
 
@@ -121,10 +131,25 @@ def _generate_in_bfloat16(rank: int) -> list[Tensor]:
     return [out.sequences, torch.stack(out.logits, 1)]
 
 
-ERRORS: dict[str, Callable[[int], list[Tensor]]] = {
+def _both_sums(rank: int) -> list[Tensor]:
+    """What the ranks' parts add up to, summed by the process group and by each rank itself."""
+    group = torch.distributed.group.WORLD
+    sums = []
+    for way in (OfProcessGroup, OfGatheredParts):
+        graph = fx.Graph()
+        graph.output(graph.call_function(SYNC, (graph.placeholder("part"), "attn")))
+        module = fx.GraphModule({}, graph)
+        assert lower_collectives(module, way(group.group_name, TP, "gloo")) == 1
+        part = torch.randn(3, 5, generator=torch.Generator().manual_seed(rank))
+        sums.append(module(part))
+    return sums
+
+
+ATTEMPTS: dict[str, Callable[[int], list[Tensor]]] = {
     "different plans": _different_plans,
     "wrong tp": _wrong_tp,
     "chosen by WORLD_SIZE": _chosen_by_world_size,
+    "both sums": _both_sums,
     "generated in bfloat16": _generate_in_bfloat16,
     "generated from other seeds": _generate_from_other_seeds,
 }
@@ -137,7 +162,7 @@ def main(folder: Path) -> None:
     results: dict[str, list[Tensor] | str] = {}
     for name, case in CASES.items():
         results[name] = case.run("distributed")
-    for name, attempt in ERRORS.items():
+    for name, attempt in ATTEMPTS.items():
         try:
             results[name] = attempt(rank)
         except SpdCompileError as error:

@@ -141,3 +141,9 @@ def test_inductor_runs_two_lengths_of_the_local_executor() -> None:
         ids, valid = left_padded(token_ids(length=length))
         expected = eager(ids, valid).logits
         assert rel_err(compiled(ids, valid).logits, expected, real=valid) < F32_BOUND
+
+
+def test_parts_gathered_and_added_are_the_sum_over_the_group(results: Results) -> None:
+    parts = [torch.randn(3, 5, generator=torch.Generator().manual_seed(rank)) for rank in range(TP)]
+    for found in results:
+        assert all(torch.equal(total, parts[0] + parts[1]) for total in found["both sums"])

@@ -12,7 +12,7 @@ import spdcompile
 from spdcompile import Budget, Latencies, Plan
 from spdcompile.errors import UsageError
 from spdcompile.tuning import saving
-from spdcompile.tuning.latency import step_seconds
+from spdcompile.tuning.latency import Seconds, step_seconds
 from tests.models import tiny
 from tests.science.tuned_model import LAYERS, SETTINGS, TP, ZERO_SHOT, model, tokens, tuned
 
@@ -32,9 +32,9 @@ def test_table_of_latencies_says_how_many_points_go(tmp_path: Path) -> None:
 def test_measured_latencies_are_checked_with_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     plans: list[Plan] = []
 
-    def seconds(source: object, plan: Plan, *, tokens: int) -> tuple[float, float]:
+    def seconds(source: object, plan: Plan, *, tokens: int) -> Seconds:
         plans.append(plan)
-        return 1.0, 1.0 - 0.1 * len(plan.dropped)
+        return Seconds(1.0, 1.0 - 0.1 * len(plan.dropped), "thought")
 
     monkeypatch.setattr("spdcompile.tuning.latency.step_seconds", seconds)
     monkeypatch.setattr(saving, "step_seconds", seconds)
@@ -63,5 +63,5 @@ def test_latencies_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 def test_latency_is_measured_by_two_processes() -> None:
     small = tiny("llama", layers=1, hidden=32, heads=4, intermediate=48)
     plan = Plan(2, 1, frozenset({(0, "attn")}))
-    undropped, dropped = step_seconds(small, plan, tokens=8, rounds=3, backend="eager")
-    assert 0 < undropped < 5 and 0 < dropped < 5
+    found = step_seconds(small, plan, tokens=8, rounds=3, backend="eager")
+    assert 0 < found.undropped < 5 and 0 < found.dropped < 5 and found.transport
