@@ -12,8 +12,10 @@ from torch import Tensor, fx
 from spdcompile.passes.base import Part, Program
 from spdcompile.runtime.cache import KVCache
 from spdcompile.runtime.collectives import lower_collectives
-from spdcompile.runtime.executor import Backend, Executor, Function, on_device
+from spdcompile.runtime.executor import Backend, Built, Executor, input_names, on_device
 from spdcompile.runtime.job import Ranks
+from spdcompile.runtime.packing import pack_products, packed, packs_of
+from spdcompile.runtime.products import lower_products
 from spdcompile.runtime.transport import Transport, collectives_of
 from spdcompile.runtime.weights import bind
 
@@ -40,6 +42,7 @@ class DistributedExecutor(Executor):
     ) -> None:
         self.ranks, self.group = ranks, ranks.group
         self.collectives = collectives_of(ranks.group, device, transport)
+        self._packs = {part.name: packs_of(program, part) for part in program.parts}
         super().__init__(program, tensors, backend=backend, device=device)
 
     def run(
@@ -58,15 +61,19 @@ class DistributedExecutor(Executor):
     def _prepare(self) -> None:
         super()._prepare()
         emitted = [
-            f"{part.name} {self._emitted[self.program.graph_of(part).module]}"
+            f"{part.name} {self._built[self.program.graph_of(part).module].emitted}"
             for part in self.program.parts
         ]
         self.digest = hashlib.sha256("\n".join(emitted).encode()).hexdigest()[:8]
 
     def _bind(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return bind(self.program, part, tensors, self.device, dist.get_rank(self.group))
+        own = bind(self.program, part, tensors, self.device, dist.get_rank(self.group))
+        return packed(own, self._packs[part.name])
 
-    def _build(self, part: Part, module: fx.GraphModule) -> tuple[Function, int]:
+    def _build(self, part: Part, module: fx.GraphModule) -> Built:
         lowered = on_device(module, self.device)
+        pack_products(lowered, self._packs[part.name])
         emitted = lower_collectives(lowered, self.collectives)
-        return self._compile(lowered, lowered.code), emitted
+        if self.device.type == "cpu":
+            lower_products(lowered)
+        return Built(self._compile(lowered, lowered.code), input_names(lowered), emitted)

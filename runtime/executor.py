@@ -6,7 +6,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, fx
@@ -31,6 +31,19 @@ class Backend(enum.Enum):
 
     EAGER = "eager"
     INDUCTOR = "inductor"
+
+
+class Built(NamedTuple):
+    """What runs a graph.
+
+    Args:
+        inputs: names of what it takes, in order.
+        emitted: its all-reduces.
+    """
+
+    function: Function
+    inputs: tuple[str, ...]
+    emitted: int
 
 
 class Executor(ABC):
@@ -58,8 +71,7 @@ class Executor(ABC):
         self.program, self.backend, self.device = program, backend, device
         self._on_demand = on_demand
         self._load(tensors)
-        self._functions: dict[fx.GraphModule, Function] = {}
-        self._emitted: dict[fx.GraphModule, int] = {}
+        self._built: dict[fx.GraphModule, Built] = {}
         self._prepare()
 
     def with_program(self, program: Program) -> Self:
@@ -157,13 +169,10 @@ class Executor(ABC):
         Args:
             params: parameters to use in place of the part's own, and its caches, by placeholder.
         """
-        module = self.program.graph_of(part).module
+        built = self._built[self.program.graph_of(part).module]
         given = {**self.params[part.name], **(params or {})}
-        args = [
-            given[node.name] if node.name in given else env[part.inputs[node.name]]
-            for node in module.graph.find_nodes(op="placeholder")
-        ]
-        return dict(zip(part.outputs, self._functions[module](*args), strict=True))
+        args = [given[n] if n in given else env[part.inputs[n]] for n in built.inputs]
+        return dict(zip(part.outputs, built.function(*args), strict=True))
 
     def _prepare(self) -> None:
         """Makes the functions of graphs that have none yet; counts their all-reduces."""
@@ -173,9 +182,9 @@ class Executor(ABC):
         emitted = {}
         for part in self.program.parts:
             module = self.program.graph_of(part).module
-            if module not in self._functions:
-                self._functions[module], self._emitted[module] = self._build(part, module)
-            emitted[part.graph] = self._emitted[module]
+            if module not in self._built:
+                self._built[module] = self._build(part, module)
+            emitted[part.graph] = self._built[module].emitted
         check_collectives(self.program, emitted)
 
     def _compile(self, module: fx.GraphModule, text: str) -> Function:
@@ -188,8 +197,13 @@ class Executor(ABC):
         """The part's parameters as this executor's functions take them."""
 
     @abstractmethod
-    def _build(self, part: Part, module: fx.GraphModule) -> tuple[Function, int]:
-        """The function of a graph, and the number of all-reduces that it emits."""
+    def _build(self, part: Part, module: fx.GraphModule) -> Built:
+        """What runs a graph; `part` is one of those that have it."""
+
+
+def input_names(module: fx.GraphModule) -> tuple[str, ...]:
+    """What a graph takes, in order."""
+    return tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
 
 
 def on_device(module: fx.GraphModule, device: torch.device) -> fx.GraphModule:

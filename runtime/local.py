@@ -16,7 +16,7 @@ from spdcompile.passes.ops import SYNC
 from spdcompile.passes.placement.types import R
 from spdcompile.passes.verify import count_sync_nodes
 from spdcompile.runtime.convolution import CONVOLUTION_REPLACEMENTS
-from spdcompile.runtime.executor import Executor, Function, on_device
+from spdcompile.runtime.executor import Built, Executor, input_names, on_device
 from spdcompile.runtime.indexing import INDEXING_REPLACEMENTS
 from spdcompile.runtime.ops import VMAP_REPLACEMENTS
 from spdcompile.runtime.weights import Weights, bind
@@ -30,7 +30,7 @@ class LocalExecutor(Executor):
     def _bind(self, part: Part, tensors: Weights) -> dict[str, Tensor]:
         return bind(self.program, part, tensors, self.device)
 
-    def _build(self, part: Part, module: fx.GraphModule) -> tuple[Function, int]:
+    def _build(self, part: Part, module: fx.GraphModule) -> Built:
         inputs = module.graph.find_nodes(op="placeholder")
         in_dims = tuple(_rank_dim(node) for node in inputs)
         out_dims = tuple(_rank_dim(node) for node in module.graph.output_node().args[0])
@@ -39,7 +39,8 @@ class LocalExecutor(Executor):
         if any(dim is not None for dim in in_dims):
             mapped = _calling(_Ranks(lowered, in_dims, out_dims), module)
         text = f"{lowered.code}\n{in_dims} {out_dims}"
-        return self._compile(mapped, text), count_sync_nodes(lowered, SYNC)
+        emitted = count_sync_nodes(lowered, SYNC)
+        return Built(self._compile(mapped, text), input_names(module), emitted)
 
 
 class _Ranks(nn.Module):

@@ -20,7 +20,7 @@ from spdcompile.runtime.kernel_directory import locked, make_private, root_direc
 from spdcompile.runtime.kernels import conditions
 
 _LOG = get_logger(Component.RUNTIME)
-SOURCE = Path(__file__).with_name("shared_memory.cpp")
+SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("products", "shared_memory"))
 _TORCH = Path(torch.__file__).parent
 _FLAGS = (
     *("-shared", "-fPIC", "-std=c++20", "-O3", "-march=native"),
@@ -35,7 +35,7 @@ class CannotBuildError(Exception):
 
 @cache
 def load_library() -> None:
-    """Loads the operators of shared_memory.cpp, after building them if need be.
+    """Loads the operators of all sources, after building them if need be.
 
     Of processes that ask at once, one builds and the others wait for it.
 
@@ -44,7 +44,7 @@ def load_library() -> None:
     """
     try:
         root = make_private(make_private(root_directory()) / "native")
-        library = root / f"{SOURCE.stem}-{_key()}.so"
+        library = root / f"{_key()}.so"
         with locked(root):
             if not library.exists():
                 _build(library)
@@ -61,7 +61,7 @@ def _build(library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         made = Path(directory) / library.name
         command = (
-            *(_compiler(), *_FLAGS, "-isystem", _TORCH / "include", SOURCE, "-o", made),
+            *(_compiler(), *_FLAGS, "-isystem", _TORCH / "include", *SOURCES, "-o", made),
             *(f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"),
         )
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE_S)
@@ -75,5 +75,6 @@ def _compiler() -> str:
 def _key() -> str:
     """What a library is good for: this source, these versions, this processor."""
     made_by = conditions(torch.device("cpu"))
-    facts = [made_by["torch"], made_by["cpu"], _compiler(), *_FLAGS, SOURCE.read_text("utf-8")]
+    facts = [made_by["torch"], made_by["cpu"], _compiler(), *_FLAGS]
+    facts += [source.read_text("utf-8") for source in SOURCES]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]

@@ -1,0 +1,160 @@
+// Products of few rows with a large weight, as one sequence's next token needs them.
+//
+// Such a product reads every weight once and does little with it, so what counts is how fast memory
+// is read: one row of the weight after the other, in the order in which they lie there. Whoever
+// blocks over rows, as products of many rows must, reads several streams at once and half as fast.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kMostRows = 4;            // in float32; more are a matter of arithmetic
+constexpr int64_t kMostNarrowRows = 3;      // in bfloat16, which has to be widened
+constexpr int64_t kLeastBytes = 32 * 1024;  // of a weight that a thread is worth waking for
+constexpr int kChains = 2;                  // of sums that need not wait for each other
+
+using Vector = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+inline Vector load(const float* from) {
+  Vector loaded;
+  std::memcpy(&loaded, from, sizeof(loaded));
+  return loaded;
+}
+
+inline Vector load(const at::BFloat16* from) {
+  Halves loaded;
+  std::memcpy(&loaded, from, sizeof(loaded));
+  return std::bit_cast<Vector>(__builtin_convertvector(loaded, Words) << 16);
+}
+
+inline float total(Vector vector) {
+  float sum = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    sum += vector[lane];
+  }
+  return sum;
+}
+
+// sums[row] = the product of one row of the weight with each row of x [rows, size].
+template <int rows, typename T>
+void dot(const T* weight, const float* x, int64_t size, float* sums) {
+  Vector partial[rows][kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains * kLanes <= size; i += kChains * kLanes) {
+    for (int chain = 0; chain < kChains; ++chain) {
+      const Vector weights = load(weight + i + chain * kLanes);
+      for (int row = 0; row < rows; ++row) {
+        partial[row][chain] += weights * load(x + row * size + i + chain * kLanes);
+      }
+    }
+  }
+  for (int row = 0; row < rows; ++row) {
+    Vector all = partial[row][0];
+    for (int chain = 1; chain < kChains; ++chain) {
+      all += partial[row][chain];
+    }
+    float sum = total(all);
+    for (int64_t rest = i; rest < size; ++rest) {
+      sum += static_cast<float>(weight[rest]) * x[row * size + rest];
+    }
+    sums[row] = sum;
+  }
+}
+
+template <int rows, typename T>
+void multiply(const float* x, const T* weight, const T* bias, T* out, int64_t count, int64_t size) {
+  const int64_t grain = std::max<int64_t>(1, kLeastBytes / (size * static_cast<int64_t>(sizeof(T))));
+  at::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+    for (int64_t column = first; column < last; ++column) {
+      float sums[rows];
+      dot<rows>(weight + column * size, x, size, sums);
+      const float offset = bias == nullptr ? 0.0f : static_cast<float>(bias[column]);
+      for (int row = 0; row < rows; ++row) {
+        out[row * count + column] = static_cast<T>(sums[row] + offset);
+      }
+    }
+  });
+}
+
+template <typename T>
+at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor* bias) {
+  const int64_t count = weight.size(0), size = weight.size(1), rows = x.numel() / size;
+  auto sizes = x.sizes().vec();
+  sizes.back() = count;
+  at::Tensor out = at::empty(sizes, x.options());
+  const at::Tensor wide = x.to(at::kFloat).contiguous();
+  const float* left = wide.const_data_ptr<float>();
+  const T* right = weight.const_data_ptr<T>();
+  const T* offset = bias == nullptr ? nullptr : bias->const_data_ptr<T>();
+  T* target = out.mutable_data_ptr<T>();
+  switch (rows) {
+    case 1: multiply<1>(left, right, offset, target, count, size); break;
+    case 2: multiply<2>(left, right, offset, target, count, size); break;
+    case 3: multiply<3>(left, right, offset, target, count, size); break;
+    default: multiply<4>(left, right, offset, target, count, size); break;
+  }
+  return out;
+}
+
+// x [..., k], weight [n, k], bias [n] -> [..., n], contiguous.
+at::Tensor linear(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const int64_t size = weight.size(-1), rows = size > 0 ? x.numel() / size : 0;
+  const at::Tensor* offset = bias.has_value() && bias->defined() ? &*bias : nullptr;
+  const auto type = weight.scalar_type();
+  const bool plain = weight.dim() == 2 && weight.is_contiguous() && x.scalar_type() == type &&
+      x.dim() > 0 && x.size(-1) == size &&
+      (offset == nullptr || (offset->is_contiguous() && offset->scalar_type() == type));
+  if (plain && rows >= 1) {
+    if (type == at::kFloat && rows <= kMostRows) {
+      return product<float>(x, weight, offset);
+    }
+    if (type == at::kBFloat16 && rows <= kMostNarrowRows) {
+      return product<at::BFloat16>(x, weight, offset);
+    }
+  }
+  return at::linear(x, weight, bias).contiguous();
+}
+
+// With a gradient it is torch's own operator, which has one.
+at::Tensor differentiable_linear(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const bool wanted = x.requires_grad() || weight.requires_grad() ||
+      (bias.has_value() && bias->requires_grad());
+  if (at::GradMode::is_enabled() && wanted) {
+    return at::linear(x, weight, bias).contiguous();
+  }
+  static const auto operation = c10::Dispatcher::singleton()
+      .findSchemaOrThrow("spd_products::linear", "")
+      .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>();
+  at::AutoDispatchBelowADInplaceOrView below;
+  return operation.call(x, weight, bias);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(spd_products, library) {
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(spd_products, CPU, library) {
+  library.impl("linear", &linear);
+}
+
+TORCH_LIBRARY_IMPL(spd_products, Autograd, library) {
+  library.impl("linear", &differentiable_linear);
+}
