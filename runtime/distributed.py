@@ -12,10 +12,10 @@ from torch import Tensor, fx
 from spdcompile.passes.base import Part, Program
 from spdcompile.runtime.cache import KVCache
 from spdcompile.runtime.collectives import lower_collectives
+from spdcompile.runtime.cpu_operators import use_cpu_operators
 from spdcompile.runtime.executor import Backend, Built, Executor, input_names, on_device
 from spdcompile.runtime.job import Ranks
 from spdcompile.runtime.packing import pack_products, packed, packs_of
-from spdcompile.runtime.products import lower_products
 from spdcompile.runtime.transport import Transport, collectives_of
 from spdcompile.runtime.weights import bind
 
@@ -75,5 +75,5 @@ class DistributedExecutor(Executor):
         pack_products(lowered, self._packs[part.name])
         emitted = lower_collectives(lowered, self.collectives)
         if self.device.type == "cpu":
-            lower_products(lowered)
+            use_cpu_operators(lowered)
         return Built(self._compile(lowered, lowered.code), input_names(lowered), emitted)

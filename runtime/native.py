@@ -20,7 +20,9 @@ from spdcompile.runtime.kernel_directory import locked, make_private, root_direc
 from spdcompile.runtime.kernels import conditions
 
 _LOG = get_logger(Component.RUNTIME)
-SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in ("products", "shared_memory"))
+_HERE = Path(__file__).parent
+SOURCES = tuple(_HERE / f"{name}.cpp" for name in ("attention", "products", "shared_memory"))
+_HEADERS = (_HERE / "vectors.h",)
 _TORCH = Path(torch.__file__).parent
 _FLAGS = (
     *("-shared", "-fPIC", "-std=c++20", "-O3", "-march=native"),
@@ -61,10 +63,14 @@ def _build(library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as directory:
         made = Path(directory) / library.name
         command = (
-            *(_compiler(), *_FLAGS, "-isystem", _TORCH / "include", *SOURCES, "-o", made),
+            *(_compiler(), *_FLAGS, "-isystem", _TORCH / "include", "-x", "c++", "-", "-o", made),
             *(f"-L{_TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"),
         )
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_PATIENCE_S)
+        # As one text, since reading torch's headers takes longer than all the rest.
+        text = "".join(f'#include "{source}"\n' for source in SOURCES)
+        subprocess.run(
+            command, input=text, check=True, capture_output=True, text=True, timeout=_PATIENCE_S
+        )
         made.replace(library)
 
 
@@ -76,5 +82,5 @@ def _key() -> str:
     """What a library is good for: this source, these versions, this processor."""
     made_by = conditions(torch.device("cpu"))
     facts = [made_by["torch"], made_by["cpu"], _compiler(), *_FLAGS]
-    facts += [source.read_text("utf-8") for source in SOURCES]
+    facts += [source.read_text("utf-8") for source in (*SOURCES, *_HEADERS)]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]

@@ -12,42 +12,21 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <bit>
-#include <cstdint>
-#include <cstring>
 #include <optional>
 
+#include "vectors.h"
+
+namespace spd::products {
 namespace {
 
-constexpr int64_t kLanes = 16;
+using spd::kLanes;
+using spd::load;
+using spd::Vector;
+
 constexpr int64_t kMostRows = 4;            // in float32; more are a matter of arithmetic
 constexpr int64_t kMostNarrowRows = 3;      // in bfloat16, which has to be widened
 constexpr int64_t kLeastBytes = 32 * 1024;  // of a weight that a thread is worth waking for
 constexpr int kChains = 2;                  // of sums that need not wait for each other
-
-using Vector = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
-using Halves = uint16_t __attribute__((vector_size(kLanes * sizeof(uint16_t))));
-
-inline Vector load(const float* from) {
-  Vector loaded;
-  std::memcpy(&loaded, from, sizeof(loaded));
-  return loaded;
-}
-
-inline Vector load(const at::BFloat16* from) {
-  Halves loaded;
-  std::memcpy(&loaded, from, sizeof(loaded));
-  return std::bit_cast<Vector>(__builtin_convertvector(loaded, Words) << 16);
-}
-
-inline float total(Vector vector) {
-  float sum = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    sum += vector[lane];
-  }
-  return sum;
-}
 
 // sums[row] = the product of one row of the weight with each row of x [rows, size].
 template <int rows, typename T>
@@ -67,7 +46,7 @@ void dot(const T* weight, const float* x, int64_t size, float* sums) {
     for (int chain = 1; chain < kChains; ++chain) {
       all += partial[row][chain];
     }
-    float sum = total(all);
+    float sum = spd::total(all);
     for (int64_t rest = i; rest < size; ++rest) {
       sum += static_cast<float>(weight[rest]) * x[row * size + rest];
     }
@@ -139,7 +118,7 @@ at::Tensor differentiable_linear(
     return at::linear(x, weight, bias).contiguous();
   }
   static const auto operation = c10::Dispatcher::singleton()
-      .findSchemaOrThrow("spd_products::linear", "")
+      .findSchemaOrThrow("spd_cpu::linear", "")
       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>();
   at::AutoDispatchBelowADInplaceOrView below;
   return operation.call(x, weight, bias);
@@ -147,14 +126,16 @@ at::Tensor differentiable_linear(
 
 }  // namespace
 
-TORCH_LIBRARY(spd_products, library) {
+TORCH_LIBRARY_FRAGMENT(spd_cpu, library) {
   library.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(spd_products, CPU, library) {
+TORCH_LIBRARY_IMPL(spd_cpu, CPU, library) {
   library.impl("linear", &linear);
 }
 
-TORCH_LIBRARY_IMPL(spd_products, Autograd, library) {
+TORCH_LIBRARY_IMPL(spd_cpu, Autograd, library) {
   library.impl("linear", &differentiable_linear);
 }
+
+}  // namespace spd::products

@@ -25,6 +25,7 @@
 #include <string>
 #include <unordered_map>
 
+namespace spd::shared_memory {
 namespace {
 
 constexpr int64_t kLine = 64;           // bytes; no two counters share a cache line
@@ -325,3 +326,5 @@ TORCH_LIBRARY_IMPL(spd_shared_memory, CPU, library) {
   library.impl("all_reduce", &all_reduce);
   library.impl("all_gather", &all_gather);
 }
+
+}  // namespace spd::shared_memory

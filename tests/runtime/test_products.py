@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spdcompile.runtime import native
-from spdcompile.runtime.products import lower_products
+from spdcompile.runtime.cpu_operators import use_cpu_operators
 from tests.compare import rel_err
 from tests.runtime.test_compiled_operators import Counting
 
@@ -26,7 +26,7 @@ def library() -> None:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.spd_products.linear(x, weight, bias)
+    return torch.ops.spd_cpu.linear(x, weight, bias)
 
 
 def exact(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -93,8 +93,8 @@ def test_one_graph_serves_every_number_of_rows() -> None:
     made = graph.call_function(torch.ops.aten.linear.default, tuple(operands))
     graph.output(graph.call_function(torch.ops.aten.relu.default, (made,)))
     module = torch.fx.GraphModule({}, graph)
-    lower_products(module)
-    assert "spd_products" in module.code
+    use_cpu_operators(module)
+    assert "spd_cpu" in module.code
     backend, weight = Counting(), torch.nn.Parameter(torch.randn(COUNT, 40), requires_grad=False)
     compiled = torch.compile(module, backend=backend, dynamic=True)
     for rows in (7, 2, 5, 3):
