@@ -1,10 +1,11 @@
 """Measures the first and the second start of a model, to its first token.
 
-    python examples/measure_start.py [--rounds 3] [--tp 2]
+    python examples/measure_start.py [--rounds 3] [--tp 2] [--random 32x256 ...] [--ranks]
 
 Each start is a new process: it imports torch, compiles or loads, and generates one token. The first
 one has no kernels and compiles the model from its directory; the second one loads what the first
-saved. Rounds alternate, over the bundled model and a random one of 32 layers.
+saved. Rounds alternate, over the bundled model and random Llamas of so many layers of such a width.
+With --ranks each start is a torchrun of tp processes, of which the first is measured.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ BUNDLED = Path(__file__).parent / "models" / "tiny-llama"
 STEPS = ("import", "compile or load", "first token")
 
 
-def make_deep(folder: Path) -> None:
-    """Writes a random Llama of 32 layers."""
+def make_random(folder: Path, size: str) -> None:
+    """Writes a random Llama; `size` is LAYERSxWIDTH, with an MLP of 2.75 times that."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    layers, width = map(int, size.split("x"))
     config = LlamaConfig(
-        num_hidden_layers=32,
-        hidden_size=256,
-        intermediate_size=704,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 64,
         vocab_size=8192,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -55,12 +57,15 @@ def start_main(how: str, source: str, target: str, tp: int) -> None:
     if how == "first":
         compiled.save(target)
     seconds = [after - before for before, after in zip([begin, *times], times, strict=False)]
-    print(json.dumps({"seconds": seconds, "token": int(tokens[0, -1])}))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps({"seconds": seconds, "token": int(tokens[0, -1])}))
 
 
-def measured(how: str, source: Path, folder: Path, tp: int) -> dict[str, object]:
+def measured(how: str, source: Path, folder: Path, tp: int, ranks: bool) -> dict[str, object]:
     """What one start took."""
-    command = [sys.executable, __file__, "--start", how, str(source), str(folder / "saved")]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}"]
+    command = [sys.executable, *(torchrun if ranks else []), __file__]
+    command += ["--start", how, str(source), str(folder / "saved")]
     environment = {**os.environ, "SPD_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     ended = subprocess.run(
@@ -69,14 +74,14 @@ def measured(how: str, source: Path, folder: Path, tp: int) -> dict[str, object]
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def table(name: str, source: Path, rounds: int, tp: int) -> list[list[object]]:
+def table(name: str, source: Path, rounds: int, tp: int, ranks: bool) -> list[list[object]]:
     """Rows: each step of both starts, their sums, and the ratio round by round."""
     found: dict[str, list[list[float]]] = {"first": [], "second": []}
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             tokens = set()
             for how, times in found.items():
-                start = measured(how, source, Path(folder), tp)
+                start = measured(how, source, Path(folder), tp, ranks)
                 times.append(start["seconds"])
                 tokens.add(start["token"])
             assert len(tokens) == 1, "both starts give the same token"
@@ -94,6 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--random", nargs="*", default=["32x256"], metavar="LAYERSxWIDTH")
+    parser.add_argument("--ranks", action="store_true", help="one process a rank, by torchrun")
     parser.add_argument("--start", nargs=3, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.start:
@@ -103,14 +110,17 @@ def main() -> None:
     import transformers
     from tabulate import tabulate
 
-    with tempfile.TemporaryDirectory() as folder:
-        make_deep(Path(folder))
-        rows = table("bundled, 8 layers", BUNDLED, settings.rounds, settings.tp)
-        rows += table("random, 32 layers", Path(folder), settings.rounds, settings.tp)
+    how = (settings.rounds, settings.tp, settings.ranks)
+    rows = table("bundled, 8 layers", BUNDLED, *how)
+    for size in settings.random:
+        with tempfile.TemporaryDirectory() as folder:
+            make_random(Path(folder), size)
+            rows += table(f"random, {size}", Path(folder), *how)
     headers = ["model", "start", *(f"{step} (s)" for step in STEPS), "all (s)", "second / first"]
     print(tabulate(rows, headers, tablefmt="github", floatfmt=(*[".1f"] * 6, ".3f")))
     print(
-        f"\ntp {settings.tp}, local executor, {settings.rounds} rounds, medians; "
+        f"\ntp {settings.tp}, {'torchrun' if settings.ranks else 'local executor'}, "
+        f"{settings.rounds} rounds, medians; "
         f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
     )
