@@ -68,8 +68,8 @@ def main() -> None:
         print(tabulate(rows, headers, tablefmt="pipe", disable_numparse=True))
         print(
             f"\n{args.layers} layers of width {args.hidden}, tp {dist_size()}, float32, after "
-            f"{PROMPT} tokens, {args.rounds} rounds, difference {error:.0e}; "
-            f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
+            f"{PROMPT} tokens, {args.rounds} rounds, difference {error:.0e}; {platform.machine()}, "
+            f"{os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
         )
     dist.barrier()
     dist.destroy_process_group()
