@@ -1,0 +1,216 @@
+"""Measures what dropped sync points save over a slow link, and what they were predicted to save.
+
+    sudo python examples/measure_link.py [--rates 1gbit 200mbit] [--rounds 30] [--json FILE]
+
+Two ranks run in two network namespaces of this machine, which a virtual cable of the given rate
+joins; they are removed afterwards. In every round each mask runs a prompt and a token in turn. The
+baseline is lossless: no mask, and sums taken in whichever way is faster on that link. The
+prediction is arithmetic: as many collectives as the mask drops, times what one takes by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tabulate import tabulate
+from torch import Tensor, fx
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spdcompile
+from spdcompile.passes.ops import SYNC
+from spdcompile.runtime.collectives import Collectives, lower_collectives
+
+PROMPT, PORT, TP = 128, 29431, 2
+ADDRESSES = ("10.213.77.1", "10.213.77.2")
+SIZES = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1408}
+SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8192}
+LAYERS = SIZES["num_hidden_layers"]
+STEPS = {"prompt": PROMPT, "token": 1}
+
+
+def masks() -> dict[str, spdcompile.Plan]:
+    """Nothing; attention points by quarters; then MLP points too, all but the last."""
+
+    def plan(attention: int, mlp: int = 0) -> spdcompile.Plan:
+        dropped = {(layer, "attn") for layer in range(attention)}
+        return spdcompile.Plan(TP, LAYERS, frozenset(dropped | {(i, "mlp") for i in range(mlp)}))
+
+    quarters = {f"attention {25 * n} %": plan(LAYERS * n // 4) for n in range(1, 5)}
+    every = {"attention 100 %, MLP 50 %": plan(LAYERS, LAYERS // 2)}
+    return {"nothing": plan(0), **quarters, **every, "all but the last": plan(LAYERS, LAYERS - 1)}
+
+
+# ---- one rank
+
+
+def rank_main(result: Path, rounds: int) -> None:
+    """Measures all masks; rank 0 writes what it found."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    first = spdcompile.compile(model, tp=TP, transport="process-group")
+    programs = {name: first.with_mask(plan) for name, plan in masks().items()}
+    prompt = torch.randint(3, SIZES["vocab_size"], (1, PROMPT))
+    exchange = sum_over_ranks(first.executor.collectives)
+    runs: dict[str, Callable[[], object]] = {}
+    for step, tokens in STEPS.items():
+        for name, program in programs.items():
+            runs[f"{step}/{name}"] = running(program, prompt, tokens)
+        part = torch.ones(1, tokens, SIZES["hidden_size"])
+        runs[f"{step}/sum"] = lambda part=part: exchange(part)
+    times: dict[str, list[float]] = {key: [] for key in runs}
+    for number in range(rounds + 2):
+        for key, run in runs.items():
+            seconds = timed(run, repeats=8 if key.endswith("/sum") else 1)
+            if number >= 2:  # the first ones compile
+                times[key].append(seconds)
+    if dist.get_rank() == 0:
+        kept = {name: each.report.collectives.all_reduces for name, each in programs.items()}
+        sums = first.executor.collectives.name
+        result.write_text(json.dumps({"times": times, "kept": kept, "sums": sums}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def sum_over_ranks(collectives: Collectives) -> fx.GraphModule:
+    """The sum as the model's blocks have it."""
+    graph = fx.Graph()
+    graph.output(graph.call_function(SYNC, (graph.placeholder("part"), "attn")))
+    module = fx.GraphModule({}, graph)
+    lower_collectives(module, collectives)
+    return module
+
+
+def running(program: spdcompile.CompiledModel, prompt: Tensor, tokens: int) -> Callable[[], object]:
+    """Runs the prompt, or one token behind it."""
+    cache = program.new_cache(1, PROMPT + 1)
+    program(prompt, past_key_values=cache, logits_to_keep=1)
+
+    def run() -> None:
+        cache.crop(PROMPT - 1 if tokens == 1 else 0)
+        program(prompt[:, :tokens], past_key_values=cache, logits_to_keep=1)
+
+    return run
+
+
+def timed(run: Callable[[], object], repeats: int) -> float:
+    """Seconds of one of so many in a row, from when both ranks are there."""
+    dist.barrier()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - began) / repeats
+
+
+# ---- the link, and both ranks on it
+
+
+@contextmanager
+def link(rate: str) -> Iterator[list[str]]:
+    """Two namespaces joined by a cable of a rate; their names. Removed afterwards."""
+    tag = f"spdlink{os.getpid() % 10000}"
+    names, ends = [f"{tag}a", f"{tag}b"], [f"{tag[-8:]}va", f"{tag[-8:]}vb"]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        peer = ("peer", "name", ends[1], "netns", names[1])
+        ip("link", "add", ends[0], "netns", names[0], "type", "veth", *peer)
+        for name, end, address in zip(names, ends, ADDRESSES, strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            shape = ["tc", "qdisc", "add", "dev", end, "root", "tbf", "rate", rate]
+            shape += ["burst", "128kb", "latency", "50ms"]
+            subprocess.run(["ip", "netns", "exec", name, *shape], check=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
+
+
+def measured(rate: str, rounds: int) -> dict[str, Any]:
+    """What two ranks on a link found."""
+    with link(rate) as names, tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "found.json"
+        command = [sys.executable, __file__, "--rank", str(result), "--rounds", str(rounds)]
+        common = {"WORLD_SIZE": str(TP), "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT)}
+        common |= {"OMP_NUM_THREADS": "1"}
+        ranks = []
+        for rank, name in enumerate(names):
+            own = {"RANK": str(rank), "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": interface(name)}
+            start = ["ip", "netns", "exec", name, *command]
+            ranks.append(subprocess.Popen(start, env={**os.environ, **common, **own}))
+        codes = [process.wait(timeout=1200) for process in ranks]
+        if any(codes):
+            raise SystemExit(f"ranks ended with {codes}")
+        return json.loads(result.read_text())
+
+
+def interface(name: str) -> str:
+    """The cable's end in a namespace."""
+    listed = subprocess.run(
+        ["ip", "-n", name, "-j", "link"], check=True, capture_output=True, text=True
+    )
+    return next(each["ifname"] for each in json.loads(listed.stdout) if each["ifname"] != "lo")
+
+
+def rows_of(rate: str, found: dict[str, Any]) -> list[list[str]]:
+    """Measured and predicted gain of each mask, by medians."""
+    times = {key: statistics.median(values) for key, values in found["times"].items()}
+    rows = []
+    for step in STEPS:
+        plain, one = times[f"{step}/nothing"], times[f"{step}/sum"]
+        for name, kept in found["kept"].items():
+            gain = 1 - times[f"{step}/{name}"] / plain
+            predicted = (found["kept"]["nothing"] - kept) * one / plain
+            ratio = f"{gain / predicted:.2f}" if predicted else ""
+            row = [rate, step, name, str(kept), f"{1000 * times[f'{step}/{name}']:.1f}"]
+            rows.append([*row, f"{gain:.1%}", f"{predicted:.1%}", ratio])
+        rows.append([rate, step, f"one sum ({found['sums']})", "", f"{1000 * one:.2f}", "", "", ""])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rates", nargs="+", default=["1gbit", "200mbit"])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank:
+        rank_main(args.rank, args.rounds)
+        return
+    all_found = {rate: measured(rate, args.rounds) for rate in args.rates}
+    rows = [row for rate, found in all_found.items() for row in rows_of(rate, found)]
+    headers = ["link", "step", "dropped", "sums left", "ms", "gain", "predicted", "of it"]
+    print(tabulate(rows, headers, tablefmt="pipe", disable_numparse=True))
+    print(
+        f"\nLlama of {LAYERS} layers, width {SIZES['hidden_size']}, random weights, float32, tp "
+        f"{TP}; a prompt of {PROMPT} tokens, a token behind it; medians of {args.rounds} rounds; "
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
+    )
+    if args.json:
+        args.json.write_text(json.dumps(all_found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
