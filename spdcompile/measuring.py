@@ -79,4 +79,14 @@ def run_ranks(
             raise
     if process.returncode:
         lines = [*(printed or "").strip().splitlines(), *said.strip().splitlines()]
-        raise MeasuringError("The measurement failed.", found="\n".join(lines[-8:]), fix=fix)
+        raise MeasuringError("The measurement failed.", found=_cause(lines), fix=fix)
+
+
+def _cause(lines: Sequence[str]) -> str:
+    """What the first process that failed said last; torchrun's own summary comes behind it."""
+    for start, line in enumerate(lines):
+        if "Traceback (most recent call last)" in line:
+            prefix = line.partition("Traceback")[0]  # torch's, such as [rank1]:
+            own = (text.removeprefix(prefix) for text in lines[start + 1 :])
+            return next((text for text in own if text and not text.startswith(" ")), line)
+    return "\n".join(lines[-8:])
