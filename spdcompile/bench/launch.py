@@ -1,4 +1,4 @@
-"""Starts a run: brings the model into the run's dtype, launches the ranks, reads what they found."""
+"""Starts a run: brings the model into its dtype, launches the ranks, reads what they found."""
 
 from __future__ import annotations
 
@@ -44,23 +44,27 @@ def bench(
         result = _launch(weights, replace(settings, memory=False), progress=tell is not None)
         if not settings.memory:
             return result
-        outcomes = []
-        for variant, outcome in zip(variants_of(settings), result.outcomes, strict=True):
-            if not outcome.reason:
-                (tell or str)(f"memory of {variant.label}")
-                outcome = _with_memory(weights, settings, variant, outcome)
-            outcomes.append(outcome)
+        outcomes = [
+            outcome if outcome.reason else _with_memory(weights, settings, variant, outcome, tell)
+            for variant, outcome in zip(variants_of(settings), result.outcomes, strict=True)
+        ]
         return replace(result, outcomes=outcomes)
 
 
 def _with_memory(
-    weights: Path, settings: BenchSettings, variant: Variant, outcome: Outcome
+    weights: Path,
+    settings: BenchSettings,
+    variant: Variant,
+    outcome: Outcome,
+    tell: Callable[[str], object] | None,
 ) -> Outcome:
     """Measures the peak memory of a variant in processes that run nothing else."""
+    if tell is not None:
+        tell(f"memory of {variant.label}")
     alone = replace(settings, only=(variant.name,), rounds=1, memory=True)
     found = _launch(weights, alone, progress=False)
-    peaks = [peak for _, peak in found.memory[: variant.ranks] if peak is not None]
-    return replace(outcome, memory=peaks)
+    peaks = (peak for _, peak in found.memory[: variant.ranks] if peak is not None)
+    return replace(outcome, memory=tuple(peaks))
 
 
 def _launch(weights: Path, settings: BenchSettings, *, progress: bool) -> Result:

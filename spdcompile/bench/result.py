@@ -118,7 +118,10 @@ class Result:
     def from_json(cls, text: str) -> Result:
         data = json.loads(text)
         outcomes = [
-            Outcome(**{**each, "rows": [Row(**row) for row in each["rows"]]})
+            Outcome(
+                **each
+                | {"rows": [Row(**row) for row in each["rows"]], "memory": tuple(each["memory"])}
+            )
             for each in data["outcomes"]
         ]
         return cls(data["conditions"], data["memory"], outcomes)
@@ -150,7 +153,9 @@ def _row(step: Step, own: Mapping[str, Any], base: Mapping[str, Any] | None) -> 
     p10, median, p90 = _tenths(samples)
     ratio = None
     if base is not None and not base["reason"]:
-        ratio = p10 / _tenths([1000 * seconds for seconds in base["steps"][step.name]["samples"]])[0]
+        ratio = (
+            p10 / _tenths([1000 * seconds for seconds in base["steps"][step.name]["samples"]])[0]
+        )
     tokens = step.batch * (1 if step.kind is Kind.TPOT else step.tokens)
     return Row(
         step.name,

@@ -10,6 +10,10 @@ from spdcompile.bench.settings import BenchSettings
 
 BASELINE = "hf-tp-eager"
 """What the others' times are given as a ratio to."""
+_TRANSPORTS = (
+    ("spd-gloo", "gloo", "process-group"),
+    ("spd-shm", "shared memory", "shared-memory"),
+)
 
 
 class Kind(StrEnum):
@@ -74,16 +78,13 @@ def _peers(settings: BenchSettings) -> Iterator[Variant]:
 
 def _own(settings: BenchSettings) -> Iterator[Variant]:
     tp, threads = settings.tp, settings.threads
-    local = f"one process, {_threads(tp * threads)}"
+    every = tp * threads
+    label = f"spdcompile, one process, {_threads(every)}"
+    yield Variant("spd-local", label, Kind.LOCAL, every, ranks=1)
     for mask in ("", *settings.masks):
-        end, words = (f"/{mask}", f", attention of {mask} dropped") if mask else ("", "")
-        yield Variant(
-            f"spd-local{end}", f"spdcompile, {local}{words}", Kind.LOCAL, tp * threads, 1, mask=mask
-        )
-        for name, label, transport in (
-            ("spd-gloo", "gloo", "process-group"),
-            ("spd-shm", "shared memory", "shared-memory"),
-        ):
+        end = f"/{mask}" if mask else ""
+        words = f", attention dropped: {mask}" if mask else ""
+        for name, label, transport in _TRANSPORTS:
             yield Variant(
                 f"{name}{end}",
                 f"spdcompile, {label}{words}",
