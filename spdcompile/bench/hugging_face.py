@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from spdcompile.bench.subject import NotMeasuredError, Subject
 
@@ -59,7 +59,8 @@ def load_parallelized(directory: Path, dtype: torch.dtype, tp: int) -> PreTraine
     model = load(directory, dtype)
     plan = _plan_for(model)
     mesh = init_device_mesh("cpu", (tp,))
-    return parallelize_module(model, mesh, plan)
+    parallelize_module(model, mesh, plan)
+    return model
 
 
 def _plan_for(model: PreTrainedModel) -> dict[str, ParallelStyle]:

@@ -37,8 +37,6 @@ def main(argv: Sequence[str]) -> None:
     """
     directory, settings_file, scratch, result_file = map(Path, argv)
     settings = BenchSettings.from_json(settings_file.read_text(encoding="utf-8"))
-    # Empty, so that compile times are those of a first start; and no rank waits for another's lock.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(scratch / f"inductor-{os.environ['RANK']}")
     torch.set_num_threads(settings.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -61,10 +59,14 @@ class _Run:
 
     def measure(self) -> Result | None:
         """Makes every variant and takes them through the rounds; rank 0 has the result."""
+        if self._settings.backend == "inductor":
+            self._compile_into(f"inductor-{self._meeting.rank}")
+            torch.compile(torch.sin)(torch.ones(8))  # what torch does once a process is nobody's
         before = _peak_bytes()
         entrants = [self._entrant(variant) for variant in variants_of(self._settings)]
         course = self._course()
-        for entrant in entrants:
+        for number, entrant in enumerate(entrants):
+            self._compile_into(f"inductor-{number}-{self._meeting.rank}")
             self._make(entrant)
             course.get_ready(entrant)
             self._tell(entrant.variant.label, entrant.reason or "ready")
@@ -77,6 +79,14 @@ class _Run:
         memory = self._meeting.gather([before, _peak_bytes()])
         collected = [self._collected(entrant) for entrant in entrants]
         return None if self._meeting.rank else Result.of(self._settings, collected, memory)
+
+    def _compile_into(self, name: str) -> None:
+        """Gives Inductor an empty directory.
+
+        So compile times are those of a first start, ranks do not wait for each other's locks, and
+        no variant is given a program of another: their names say nothing of threads.
+        """
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self._scratch / name)
 
     def _entrant(self, variant: Variant) -> Entrant:
         timed = {step.name: Timed() for step in self._settings.steps}

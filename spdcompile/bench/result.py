@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -129,9 +129,7 @@ class Result:
     @property
     def steps(self) -> list[Step]:
         """What was timed."""
-        names = {item.name for item in fields(BenchSettings)}
-        given = {k: v for k, v in self.conditions["settings"].items() if k in names}
-        return BenchSettings(**given).steps
+        return BenchSettings.from_dict(self.conditions["settings"]).steps
 
 
 def conditions_of(settings: BenchSettings) -> dict[str, Any]:

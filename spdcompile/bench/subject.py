@@ -50,4 +50,6 @@ class Compiled(Subject):
         return self.compiled.new_cache(batch, length)
 
     def run(self, input_ids: Tensor, cache: Any) -> Tensor:
-        return self.compiled(input_ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = self.compiled(input_ids, past_key_values=cache, logits_to_keep=1).logits
+        assert logits is not None, "a compiled model returns logits"
+        return logits[:, -1]
