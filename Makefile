@@ -7,13 +7,14 @@ HARNESS := $(VENV)/harness
 QUICK ?=
 ARGS ?=
 
-.PHONY: help .venv demo test test-harness zoo study lint format types clean
+.PHONY: help .venv demo test test-harness bench zoo study lint format types clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo [QUICK=1]   install, then run examples/demo.py"
 	@echo "make test [ARGS=...]  install, then run the tests"
 	@echo "make test-harness     install lm_eval beside that, and run the tests that need it"
+	@echo "make bench [ARGS=...] time a model beside Hugging Face and others, into out/bench"
 	@echo "make zoo [ARGS=...]   measure every architecture, then write docs/architectures.md"
 	@echo "make study [ARGS=...] measure what drops cost, then write docs/study.md (under an hour)"
 	@echo "make lint             ruff, formatting, spelling"
@@ -60,6 +61,10 @@ test: $(VENV)/.installed-test
 test-harness: export OMP_NUM_THREADS := 1
 test-harness: $(VENV)/.installed-harness
 	$(HARNESS)/bin/python -m pytest -n 2 --dist loadfile tests/harness $(ARGS)
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m spdcompile.cli bench examples/configs/bench-llama --tp 2 --spd-mask all \
+	  --out out/bench $(ARGS)
 
 zoo: $(VENV)/.installed
 	$(BIN)/python -m tests.zoo --write docs/architectures.md $(ARGS)

@@ -1,4 +1,4 @@
-"""Draws a section's panels as one PNG: the only module that needs matplotlib."""
+"""Draws a section's panels as one PNG: the only module of the study that needs matplotlib."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from spdcompile import __version__, log
 from spdcompile.cli import (
+    bench,
     calibrate,
     distill,
     evaluate,
@@ -64,6 +65,12 @@ COMMANDS = (
         "measure a plan on texts and on tasks of lm-evaluation-harness, beside the unsharded model",
         evaluate.add_arguments,
         evaluate.run,
+    ),
+    Command(
+        "bench",
+        "measure time to first token and per token beside other ways to run the model, in one run",
+        bench.add_arguments,
+        bench.run,
     ),
     Command(
         "group-heads",

@@ -8,10 +8,6 @@ a linear model says what a plan saves: as many times one all-reduce as the plan 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +15,14 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-from spdcompile.errors import SaveError, SpdCompileError, UsageError
+from spdcompile.errors import SaveError, UsageError
 from spdcompile.files import write_whole
+from spdcompile.measuring import check_cores, run_ranks
 from spdcompile.plan import Plan
 
 _FORMAT = "spdcompile-latencies-1"
+_RANK = "spdcompile.tuning.latency_rank"
+MEASURE_ELSEWHERE = "measure on the machine that will serve, and give the table: --latencies FILE"
 
 
 class Seconds(NamedTuple):
@@ -32,10 +31,6 @@ class Seconds(NamedTuple):
     undropped: float
     dropped: float
     transport: str
-
-
-class MeasuringError(SpdCompileError):
-    """The processes that measure latencies failed, or did not end in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +125,7 @@ def step_seconds(
         UsageError: the machine has fewer cores than the plan has ranks.
         MeasuringError: the processes failed, or did not end in time.
     """
-    check_cores(plan.tp)
+    check_cores(plan.tp, fix=MEASURE_ELSEWHERE)
     with tempfile.TemporaryDirectory(prefix="spdcompile-") as scratch:
         directory = Path(scratch)
         if isinstance(model, PreTrainedModel):
@@ -138,15 +133,9 @@ def step_seconds(
             model = directory / "model"
         plan.save(directory / "plan.json")
         result = directory / "seconds.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [
-            f"--nproc-per-node={plan.tp}",
-            "-m",
-            "spdcompile.tuning.latency_rank",
-            str(model),
-        ]
-        command += [str(directory / "plan.json"), str(result), str(tokens), str(rounds), backend]
-        _run(command, timeout)
+        arguments = [str(model), str(directory / "plan.json"), str(result)]
+        arguments += [str(tokens), str(rounds), backend]
+        run_ranks(_RANK, arguments, ranks=plan.tp, timeout=timeout, fix="give a table of latencies")
         return Seconds(*json.loads(result.read_text(encoding="utf-8")))
 
 
@@ -166,47 +155,3 @@ def measure_latencies(
     count = len(plan.dropped)
     how = f"measured: {plan.tp} processes on this machine, {transport}, {count} all-reduces dropped"
     return Latencies(plan.tp, tokens, undropped, (undropped - dropped) / count, how)
-
-
-def check_cores(tp: int) -> None:
-    """Raises UsageError if ranks would have to share cores: that measures waiting, not adding."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if tp > (cores or 1):
-        raise UsageError(
-            "The latencies cannot be measured on this machine.",
-            where=f"tp={tp}",
-            found=f"{cores} cores, for {tp} processes that wait for each other",
-            needed=f"{tp} cores, or a table of latencies",
-            fix="measure on the machine that will serve, and give the table: --latencies FILE",
-        )
-
-
-def _run(command: list[str], timeout: float) -> None:
-    """Runs a command; it and all that it started end when it does not do so in time."""
-    environ = {"OMP_NUM_THREADS": "1", **os.environ}
-    with subprocess.Popen(
-        command,
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=timeout)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise MeasuringError(
-                    "Measuring the latencies took too long.",
-                    found=f"no result after {timeout:.0f} s",
-                    fix="give a table of latencies, or more time",
-                ) from error
-            raise
-    if process.returncode:
-        raise MeasuringError(
-            "Measuring the latencies failed.",
-            found="\n".join(output.strip().splitlines()[-8:]),
-            fix="give a table of latencies",
-        )

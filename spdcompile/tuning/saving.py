@@ -10,11 +10,17 @@ from transformers import PreTrainedModel
 
 from spdcompile.compiled import CompiledModel
 from spdcompile.errors import UsageError
+from spdcompile.measuring import check_cores
 from spdcompile.passes.base import Program
 from spdcompile.passes.verify import count_sync_nodes
 from spdcompile.plan import Plan
 from spdcompile.tuning.budget import Budget
-from spdcompile.tuning.latency import Latencies, check_cores, measure_latencies, step_seconds
+from spdcompile.tuning.latency import (
+    MEASURE_ELSEWHERE,
+    Latencies,
+    measure_latencies,
+    step_seconds,
+)
 from spdcompile.tuning.tuned import Savings
 
 
@@ -88,7 +94,7 @@ def check_latencies(budget: Budget, given: Latencies | None, tp: int) -> None:
     if budget.min_faster is None:
         return
     if given is None:
-        check_cores(tp)
+        check_cores(tp, fix=MEASURE_ELSEWHERE)
     elif given.tp != tp:
         raise UsageError(
             "The latencies are for something else.",

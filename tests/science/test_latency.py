@@ -38,7 +38,7 @@ def test_measured_latencies_are_checked_with_the_plan(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("spdcompile.tuning.latency.step_seconds", seconds)
     monkeypatch.setattr(saving, "step_seconds", seconds)
-    monkeypatch.setattr(saving, "check_cores", lambda tp: None)
+    monkeypatch.setattr(saving, "check_cores", lambda tp, *, fix: None)
     found = tuned(Budget(min_faster=0.15), ZERO_SHOT)
     assert [len(plan.dropped) for plan in plans] == [LAYERS, 2]
     assert found.savings.faster == pytest.approx(0.2) == found.savings.measured
