@@ -288,10 +288,8 @@ class _Counting(fx.Interpreter):
         return node.op != "call_function" or node in self._own or node.target in _COLLECTIVES
 
 
-_VIEWS = frozenset(
-    getattr(_ATEN, name)
-    for name in ("view", "reshape", "transpose", "permute", "unsqueeze", "expand", "slice", "select")
-)
+_SHAPES = ("view", "reshape", "transpose", "permute", "unsqueeze", "expand", "slice", "select")
+_VIEWS = frozenset(getattr(_ATEN, name) for name in _SHAPES)
 
 
 def _is_view(node: fx.Node) -> bool:
