@@ -27,6 +27,7 @@ from spdcompile.passes.ops import (
     GROUPED_MM,
     SYNC,
 )
+from spdcompile.passes.tokens import TOKENS
 
 _ATEN = torch.ops.aten
 _META = torch.device("meta")
@@ -40,11 +41,14 @@ class Step:
         batch: sequences.
         new: tokens of each that are computed.
         context: tokens of each that are remembered; 0 for a prompt.
+        last: how many tokens' logits are computed, where the program can leave the others out; 0
+            for all.
     """
 
     batch: int
     new: int
     context: int = 0
+    last: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +114,10 @@ def work_of(program: Program, step: Step) -> Work:
     """
     counter = _Counter(program, step)
     env = _inputs(program, step)
-    for part in program.parts:
+    *parts, postlude = program.parts
+    for part in parts:
         env.update(counter.run(part, env))
+    counter.run(postlude, _of_last(program, postlude, env, step.last))
     return Work(tuple(counter.kernels), tuple(counter.exchanges), counter.weight_bytes)
 
 
@@ -128,6 +134,21 @@ def _inputs(program: Program, step: Step) -> dict[str, Tensor]:
         "start": whole(1 if program.one_start else batch),
     }
     return {name: known[name] for name in program.inputs}
+
+
+def _of_last(
+    program: Program, part: Part, env: Mapping[str, Tensor], last: int
+) -> Mapping[str, Tensor]:
+    """What a part receives of the last tokens alone, as executors cut it."""
+    placeholders = program.graph_of(part).module.graph.find_nodes(op="placeholder")
+    given = [node for node in placeholders if node.name in part.inputs]
+    if not last or not all(TOKENS in node.meta for node in given):
+        return env
+    cut = {}
+    for node in given:
+        tensor, dim = env[part.inputs[node.name]], node.meta[TOKENS]
+        cut[part.inputs[node.name]] = tensor.narrow(dim, 0, min(last, tensor.shape[dim]))
+    return {**env, **cut}
 
 
 class _Counter:
