@@ -256,7 +256,7 @@ def test_cache_that_does_not_fit_is_a_message() -> None:
         *(("llama", "eager"), ("llama", "inductor")),
         *(("deepseek_v3", "eager"), ("deepseek_v3", "inductor")),
         *(("bloom", "eager"), ("bloom", "inductor")),
-        *(("falcon", "eager"), ("mpt", "inductor")),
+        *(("falcon", "eager"), ("mpt", "eager")),
     ],
 )
 def test_a_step_allocates_nothing_of_the_size_of_a_cache(entry: str, backend: str) -> None:
@@ -269,7 +269,7 @@ def test_a_step_allocates_nothing_of_the_size_of_a_cache(entry: str, backend: st
     allocated = [event.self_cpu_memory_usage for event in profile.events()]
     smallest = min(tensor.nbytes for tensor in _cache_tensors(cache))
     assert 0 < max(allocated) < smallest
-    assert rel_err(torch.cat(logits, 1), compiled(ids).logits) < BOUND
+    assert rel_err(torch.cat(logits, 1), _compiled(entry)(ids).logits) < BOUND
 
 
 @pytest.mark.parametrize("entry", ["bloom", "falcon", "gptj", "gpt_neo", "mpt", "lfm2"])
