@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-_WORDS = ("gloo", "nccl", "connection", "socket", "broken pipe", "timed out")
+_WORDS = ("gloo", "nccl", "connection", "socket", "broken pipe", "timed out", "shared memory")
 
 
 def is_broken_connection(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 from collections.abc import Mapping
 
@@ -9,16 +10,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
+from spdcompile.errors import UsageError
 from spdcompile.passes.base import Part, Program
-from spdcompile.passes.ops import GATHER, SYNC
 from spdcompile.passes.verify import count_sync_nodes
 from spdcompile.runtime.cache import KVCache
+from spdcompile.runtime.collectives import (
+    Collectives,
+    OfProcessGroup,
+    OfSharedMemory,
+    lower_collectives,
+)
 from spdcompile.runtime.executor import Backend, Executor, Function, on_device
+from spdcompile.runtime.faults import PATIENCE_S
 from spdcompile.runtime.job import Ranks
+from spdcompile.runtime.shared_memory import why_not_shared
 from spdcompile.runtime.weights import bind
 
-_COLLECTIVES = torch.ops._c10d_functional
-ALL_REDUCE = _COLLECTIVES.all_reduce.default
+
+class Transport(enum.Enum):
+    """What carries tensors between ranks."""
+
+    AUTO = "auto"
+    """Shared memory for ranks of one host on CPU, else the process group."""
+    PROCESS_GROUP = "process-group"
+    """The backend of the group: gloo, NCCL."""
+    SHARED_MEMORY = "shared-memory"
+    """Memory that the ranks share; refused where they cannot."""
 
 
 class DistributedExecutor(Executor):
@@ -26,6 +43,7 @@ class DistributedExecutor(Executor):
 
     Args:
         ranks: whose group has `program.tp` ranks.
+        transport: what carries their tensors; what AUTO stands for is decided here.
     """
 
     stacks_ranks = False
@@ -38,8 +56,10 @@ class DistributedExecutor(Executor):
         backend: Backend,
         device: torch.device,
         ranks: Ranks,
+        transport: Transport = Transport.AUTO,
     ) -> None:
         self.ranks, self.group = ranks, ranks.group
+        self.collectives = _collectives(ranks, device, transport)
         super().__init__(program, tensors, backend=backend, device=device)
 
     def run(
@@ -68,43 +88,31 @@ class DistributedExecutor(Executor):
 
     def _build(self, part: Part, module: fx.GraphModule) -> tuple[Function, int]:
         lowered = on_device(module, self.device)
-        lower_collectives(lowered, self.group.group_name, self.program.tp)
-        return self._compile(lowered, lowered.code), count_sync_nodes(lowered, ALL_REDUCE)
+        lower_collectives(lowered, self.collectives)
+        emitted = count_sync_nodes(lowered, self.collectives.sum_operator)
+        return self._compile(lowered, lowered.code), emitted
 
 
-def lower_collectives(module: fx.GraphModule, group: str, tp: int) -> None:
-    """Replaces sync and gather nodes by functional collectives, each with its wait.
+def _collectives(ranks: Ranks, device: torch.device, transport: Transport) -> Collectives:
+    """How ranks exchange tensors; all of them decide alike.
 
-    Args:
-        group: name of the process group.
-        tp: number of ranks in it.
+    Raises:
+        UsageError: shared memory is asked for and cannot be had.
     """
-    graph = module.graph
-    for node in list(graph.nodes):
-        with graph.inserting_before(node):
-            if node.target is SYNC:
-                result = _all_reduce(graph, node, group)
-            elif node.target is GATHER:
-                result = _all_gather(graph, node, group, tp)
-            else:
-                continue
-        node.replace_all_uses_with(result)
-        graph.erase_node(node)
-    module.recompile()
-
-
-def _all_reduce(graph: fx.Graph, node: fx.Node, group: str) -> fx.Node:
-    partial = graph.call_function(torch.ops.aten.contiguous.default, (node.args[0],))
-    summed = graph.call_function(ALL_REDUCE, (partial, "sum", group))
-    return graph.call_function(_COLLECTIVES.wait_tensor.default, (summed,))
-
-
-def _all_gather(graph: fx.Graph, node: fx.Node, group: str, tp: int) -> fx.Node:
-    """Gathers along dim 0, where the collective joins the ranks' shards, and moves it back."""
-    shard, dim = node.args
-    front = graph.call_function(torch.ops.aten.movedim.int, (shard, dim, 0))
-    front = graph.call_function(torch.ops.aten.contiguous.default, (front,))
-    gathered = graph.call_function(_COLLECTIVES.all_gather_into_tensor.default, (front, tp, group))
-    whole = graph.call_function(_COLLECTIVES.wait_tensor.default, (gathered,))
-    back = graph.call_function(torch.ops.aten.movedim.int, (whole, 0, dim))
-    return graph.call_function(torch.ops.aten.contiguous.default, (back,))
+    group = ranks.group
+    named = (group.group_name, dist.get_world_size(group))
+    if transport is Transport.PROCESS_GROUP:
+        return OfProcessGroup(*named)
+    on_cpu = device.type == "cpu"
+    why = why_not_shared(group, PATIENCE_S) if on_cpu else f"tensors are on {device.type}"
+    if not why:
+        return OfSharedMemory(*named)
+    if transport is Transport.SHARED_MEMORY:
+        raise UsageError(
+            "The ranks cannot share memory.",
+            where="transport",
+            found=why,
+            needed="ranks on one host, tensors on CPU, and a C++ compiler",
+            fix="leave it to transport='auto'",
+        )
+    return OfProcessGroup(*named)

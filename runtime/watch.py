@@ -21,15 +21,9 @@ import torch.distributed as dist
 from spdcompile.errors import RankError, SpdCompileError
 from spdcompile.runtime._torch import on_compilation, started_collectives
 from spdcompile.runtime.connections import in_a_line, is_broken_connection
-from spdcompile.runtime.faults import (
-    Fault,
-    Report,
-    Seen,
-    error_of,
-    find_fault,
-    find_other_call,
-)
+from spdcompile.runtime.faults import Fault, Report, Seen, error_of, find_fault, find_other_call
 from spdcompile.runtime.processes import Identity, end_with, torchrun_of
+from spdcompile.runtime.shared_memory import interrupt, steps
 
 EVIDENCE_S = 3.0  # for finding out who broke a connection
 LAST_WORDS_S = 3.0  # for a rank's main thread to end by itself once a fault is known
@@ -134,7 +128,7 @@ class Watch:
     def _publish(self) -> None:
         with suppress(RuntimeError):  # a group that was destroyed at the end of the program
             for group in self._groups:
-                self._started[group.group_name] = started_collectives(group)
+                self._started[group.group_name] = started_collectives(group) + steps(group)
         self._beats += 1
         report = Report(
             beat=self._beats,
@@ -270,10 +264,13 @@ class Watch:
         """Ends this process, and those at fault that cannot do it themselves."""
         self.say(fault)
         if self._ended or self.rank not in fault.ranks:  # else it can do nothing more
+            if not fault.hanging:
+                interrupt(self._groups)
             time.sleep(self._beat * 2 if fault.hanging else LAST_WORDS_S)
             for rank in fault.ranks:
                 if rank in self._who and rank != self.rank:
                     self._who[rank].kill()
+            interrupt(self._groups)
             time.sleep(LAST_WORDS_S if self._torchrun_fault() is None else 0)
         os._exit(1)
 

@@ -34,6 +34,7 @@ def compile(
     dtype: torch.dtype | None = None,
     vocab: str | None = None,
     timeout: float | None = None,
+    transport: str = "auto",
 ) -> CompiledModel:
     """Splits a causal LM over `tp` tensor-parallel ranks, drops sync points and makes it callable.
 
@@ -45,19 +46,18 @@ def compile(
             2502.20727); or a Plan, which may drop MLP points too; None drops nothing, and the
             result equals the model's own up to rounding.
         head_groups: layer -> tp lists of head group units; other layers split evenly, in order.
-        router: what the router of a mixture of experts reads where a dropped sync point is
-            pending: "exact" (default) refuses such a drop; "replicated" lets it read the part of
-            the value that all ranks share, an approximation besides that of the drop.
+        router: what a mixture's router reads where a dropped sync point is pending: "exact" (default)
+            refuses such a drop; "replicated" reads what all ranks share, one more approximation.
         executor: "local" runs all ranks in this process, "distributed" is one rank of those that
             torchrun started, which may be several replicas of tp ranks; None chooses by WORLD_SIZE.
         backend: "inductor" compiles the distinct blocks, "eager" runs them operator by operator.
         device: where to run; a loaded model's own by default, else the CPU.
-        dtype: of the parameters that are read from a directory, such as torch.bfloat16; that of
-            its config by default, or else that of its files.
-        vocab: "split" splits the token embeddings (one more all-reduce), "whole" does not; None
-            splits tables of 256 MiB and more.
+        dtype: of parameters read from a directory; that of its config, or its files, by default.
+        vocab: "split" (one more all-reduce) or "whole" token embeddings; None goes by 256 MiB.
         timeout: seconds that ranks may wait for one before it counts as stalled and all of them
             end; loading and compiling are not counted. 120 by default; SPD_TIMEOUT overrides it.
+        transport: between ranks: "shared-memory" (of one host, on CPU), "process-group" (gloo,
+            NCCL), or "auto", which takes the first where it can.
 
     Raises:
         CheckpointError: a tensor is missing, extra, misshapen or not finite.
@@ -69,7 +69,7 @@ def compile(
     """
     check_tp(tp)
     table = Vocabulary.BY_SIZE if vocab is None else choice(Vocabulary, vocab, "vocab")
-    with Running(tp, executor, backend, device, timeout).among_ranks(model) as running:
+    with Running(tp, executor, backend, device, timeout, transport).among_ranks(model) as running:
         loaded = load_model(model, dtype)
         _mention_plan(loaded.directory, spd_mask)
         plan = make_plan(loaded.model, tp, spd_mask, head_groups, router)

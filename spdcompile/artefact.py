@@ -139,6 +139,7 @@ def load(
     backend: str = "inductor",
     device: torch.device | str | None = None,
     timeout: float | None = None,
+    transport: str = "auto",
 ) -> CompiledModel:
     """Starts from an artefact; nothing in it is executed.
 
@@ -147,14 +148,14 @@ def load(
 
     Args:
         directory: what `save` wrote.
-        executor, backend, device, timeout: as in `compile`.
+        executor, backend, device, timeout, transport: as in `compile`.
 
     Raises:
         ArtefactError: it is no artefact, or its weights or configuration are others than it says.
         PlanError, UsageError, CheckpointError: as in `compile`.
     """
     manifest = Manifest.read(Path(directory))
-    running = Running(manifest.plan.tp, executor, backend, device, timeout)
+    running = Running(manifest.plan.tp, executor, backend, device, timeout, transport)
     with running.among_ranks(manifest.weights):
         loaded = load_model(manifest.weights, manifest.dtype)
         manifest.check(loaded)

@@ -13,7 +13,7 @@ from spdcompile.models import ModelSource
 from spdcompile.passes.base import Program
 from spdcompile.planning import choice
 from spdcompile.runtime import launch
-from spdcompile.runtime.distributed import DistributedExecutor
+from spdcompile.runtime.distributed import DistributedExecutor, Transport
 from spdcompile.runtime.executor import Backend, Executor
 from spdcompile.runtime.job import Ranks, chosen_timeout, join
 from spdcompile.runtime.local import LocalExecutor
@@ -21,10 +21,11 @@ from spdcompile.runtime.weights import Weights
 
 
 class Running:
-    """The executor, backend, device and timeout that `spdcompile.compile` takes.
+    """The executor, backend, device, timeout and transport that `spdcompile.compile` takes.
 
     Raises:
-        UsageError: there is no such executor or backend, or WORLD_SIZE is no multiple of tp.
+        UsageError: there is no such executor, backend or transport, or WORLD_SIZE is no multiple
+            of tp.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class Running:
         backend: str,
         device: torch.device | str | None,
         timeout: float | None,
+        transport: str,
     ) -> None:
         self.tp = tp
         self.backend = choice(Backend, backend, "backend")
         self.distributed = _is_distributed(executor)
         self.device = None if device is None else torch.device(device)
         self.timeout = chosen_timeout(timeout)
+        self.transport = choice(Transport, transport, "transport")
         self.ranks: Ranks | None = None
         if self.distributed:
             launch.check_world_size(tp, launch.launched_world_size())
@@ -68,7 +71,12 @@ class Running:
         if self.ranks is None:
             return LocalExecutor(program, tensors, backend=backend, device=where)
         return DistributedExecutor(
-            program, tensors, backend=backend, device=where, ranks=self.ranks
+            program,
+            tensors,
+            backend=backend,
+            device=where,
+            ranks=self.ranks,
+            transport=self.transport,
         )
 
 

@@ -1,0 +1,102 @@
+"""What each rank of test_shared_memory.py runs: the operators alone, without a process group.
+
+Usage: shared_memory_worker.py RANK RANKS FD ... with the descriptors of four segments. Prints
+"ok", or fails.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from threading import Timer
+
+import torch
+from torch import Tensor
+
+from spdcompile.runtime.native import load_library
+
+PIECE = 96 * 1024  # with four ranks, pieces are summed in shares
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SIZES = (1, 7, 2048, 40_000, 300_001)
+
+
+def _drawn(seed: int, rank: int, size: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    return torch.randn(size, generator=generator).to(dtype)
+
+
+def _expected_sum(parts: list[Tensor]) -> Tensor:
+    """In the order of the ranks, in float32 at least, rounded once."""
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    total = parts[0].to(wide)
+    for part in parts[1:]:
+        total = total + part.to(wide)
+    return total.to(parts[0].dtype)
+
+
+def check_exchanges(rank: int, ranks: int) -> None:
+    """Every dtype and size, and many exchanges in a row of whatever comes."""
+    ops, drawing = torch.ops.spd_shared_memory, random.Random(0)
+    cases = [(dtype, size, True) for dtype in DTYPES for size in SIZES]
+    cases += [(dtype, 300, False) for dtype in (*DTYPES, torch.int64, torch.bool)]
+    for _ in range(300):
+        size = int(10 ** drawing.uniform(0, 5))
+        cases.append((drawing.choice(DTYPES), size, drawing.random() < 0.7))
+    for seed, (dtype, size, summed) in enumerate(cases):
+        parts = [_drawn(seed, other, size, dtype) for other in range(ranks)]
+        if summed:
+            found = ops.all_reduce(parts[rank], "main")
+            assert torch.equal(found, _expected_sum(parts)), (dtype, size)
+        else:
+            found = ops.all_gather(parts[rank], "main", ranks)
+            assert torch.equal(found, torch.cat(parts)), (dtype, size)
+
+
+def check_shapes(rank: int, ranks: int) -> None:
+    """Any strides, any number of dimensions, nothing at all."""
+    ops = torch.ops.spd_shared_memory
+    parts = [_drawn(1, other, 24, torch.float32).view(2, 3, 4).mT for other in range(ranks)]
+    assert torch.equal(ops.all_reduce(parts[rank], "main"), _expected_sum(parts))
+    assert torch.equal(ops.all_gather(parts[rank], "main", ranks), torch.cat(parts))
+    assert ops.all_reduce(torch.empty(0, 3), "main").shape == (0, 3)
+    number = torch.tensor(2.0)
+    assert ops.all_reduce(number, "main") == 2.0 * ranks
+
+
+def check_mistakes(rank: int, ranks: int) -> None:
+    """Ranks that exchange different tensors, or come too late, get errors."""
+    ops = torch.ops.spd_shared_memory
+    _raises("sums of Long", lambda: ops.all_reduce(torch.ones(3, dtype=torch.int64), "main"))
+    _raises("no shared segment", lambda: ops.all_reduce(torch.ones(3), "nobody"))
+    _raises("different tensors", lambda: ops.all_reduce(torch.ones(3 + (rank == 1)), "different"))
+    if rank:
+        _raises("timed out", lambda: ops.all_reduce(torch.ones(3), "late"))
+        Timer(0.2, ops.interrupt, ["interrupted"]).start()
+        _raises("lost its connection", lambda: ops.all_reduce(torch.ones(3), "interrupted"))
+
+
+def _raises(words: str, act: object) -> None:
+    try:
+        act()
+    except RuntimeError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(f"no error: {words}")
+
+
+def main() -> None:
+    rank, ranks, *descriptors = map(int, sys.argv[1:])
+    torch.set_num_threads(1)
+    load_library()
+    for name, fd, timeout in zip(
+        ("main", "different", "late", "interrupted"), descriptors, (60, 60, 1, 60), strict=True
+    ):
+        torch.ops.spd_shared_memory.open_segment(name, fd, rank, ranks, PIECE, timeout)
+    check_exchanges(rank, ranks)
+    check_shapes(rank, ranks)
+    check_mistakes(rank, ranks)
+    print("ok")
+
+
+if __name__ == "__main__":
+    main()
