@@ -46,8 +46,8 @@ def compile(
             2502.20727); or a Plan, which may drop MLP points too; None drops nothing, and the
             result equals the model's own up to rounding.
         head_groups: layer -> tp lists of head group units; other layers split evenly, in order.
-        router: what a mixture's router reads where a dropped sync point is pending: "exact" (default)
-            refuses such a drop; "replicated" reads what all ranks share, one more approximation.
+        router: what a router of experts reads where a dropped sync point is pending: "exact"
+            (default) refuses that; "replicated" reads what all ranks share, one more approximation.
         executor: "local" runs all ranks in this process, "distributed" is one rank of those that
             torchrun started, which may be several replicas of tp ranks; None chooses by WORLD_SIZE.
         backend: "inductor" compiles the distinct blocks, "eager" runs them operator by operator.
