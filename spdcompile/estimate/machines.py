@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from spdcompile.errors import UsageError
-from spdcompile.estimate.work import Exchange, Kernel, Kind
+from spdcompile.estimate.counting import Kind
+from spdcompile.estimate.kernels import Kernel
+from spdcompile.estimate.work import Exchange
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,35 +1,23 @@
 """What one rank computes, reads and exchanges in a step, counted from its program.
 
-The graphs run once on the meta device, which has shapes and no data. A product, an attention or
-a look-up is a kernel of its own: it reads its inputs and writes its output. What lies between
-those is taken to be fused: it reads what comes from such kernels and writes what goes to them.
+The graphs run once on the meta device, which has shapes and no data.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 import spdcompile.runtime.executor  # noqa: F401  (gives the operators their kernels)
+from spdcompile.estimate.counting import Counting, Kind
+from spdcompile.estimate.kernels import Kernel
 from spdcompile.passes.base import CacheSpec, ParamRef, Part, Program
 from spdcompile.passes.layout import ShardSpec
-from spdcompile.passes.ops import (
-    APPEND,
-    ATTEND,
-    ATTEND_CACHED,
-    ATTENTION,
-    GATHER,
-    GROUPED_MM,
-    SYNC,
-)
 from spdcompile.passes.tokens import TOKENS
 
-_ATEN = torch.ops.aten
 _META = torch.device("meta")
 
 
@@ -52,30 +40,6 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
-    """One kernel on one rank.
-
-    Args:
-        name: its operator, or "fused".
-        flops: floating-point operations, a multiply-add counted as two.
-        num_bytes: read and written.
-        dtype: that of its result, in which it computes.
-    """
-
-    name: str
-    flops: float
-    num_bytes: int
-    dtype: torch.dtype
-
-
-class Kind(enum.Enum):
-    """A kind of collective."""
-
-    ALL_REDUCE = "all-reduce"
-    ALL_GATHER = "all-gather"
-
-
-@dataclass(frozen=True, slots=True)
 class Exchange:
     """One collective.
 
@@ -91,11 +55,19 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a rank does in a step, in program order."""
+    """What a rank does in a step, in program order.
+
+    Args:
+        weight_bytes: of all parameters; what two parts share counts once for each.
+        cache_bytes: of all caches, as long as the step needs them.
+        parts: how many parts the program calls.
+    """
 
     kernels: tuple[Kernel, ...] = field(default=())
     exchanges: tuple[Exchange, ...] = field(default=())
     weight_bytes: int = 0
+    cache_bytes: int = 0
+    parts: int = 0
 
     @property
     def flops(self) -> float:
@@ -105,12 +77,20 @@ class Work:
     def num_bytes(self) -> int:
         return sum(kernel.num_bytes for kernel in self.kernels)
 
+    @property
+    def state_bytes(self) -> int:
+        """What every step reads once: a cache of the processor that holds it all is faster."""
+        return self.weight_bytes + self.cache_bytes
+
 
 def work_of(program: Program, step: Step) -> Work:
     """Counts the work of the rank with most of it; ranks of an even split have equal work.
 
     Args:
         program: for a step with a context, one that remembers (`pipeline.remembering`).
+
+    Raises:
+        UsageError: the program has an operator whose cost is not known.
     """
     counter = _Counter(program, step)
     env = _inputs(program, step)
@@ -118,7 +98,13 @@ def work_of(program: Program, step: Step) -> Work:
     for part in parts:
         env.update(counter.run(part, env))
     counter.run(postlude, _of_last(program, postlude, env, step.last))
-    return Work(tuple(counter.kernels), tuple(counter.exchanges), counter.weight_bytes)
+    return Work(
+        tuple(counter.kernels),
+        tuple(counter.exchanges),
+        counter.weight_bytes,
+        counter.cache_bytes,
+        len(program.parts),
+    )
 
 
 def _inputs(program: Program, step: Step) -> dict[str, Tensor]:
@@ -158,26 +144,29 @@ class _Counter:
         self.program, self.step = program, step
         self.kernels: list[Kernel] = []
         self.exchanges: list[Exchange] = []
-        self.weight_bytes = 0
-        self._known: dict[object, tuple[_Counting, list[Tensor]]] = {}
+        self.weight_bytes = self.cache_bytes = 0
+        self._known: dict[object, tuple[Counting, tuple[Kernel, ...], list[Tensor]]] = {}
 
     def run(self, part: Part, env: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs of a part, whose work is added."""
         params = {name: _local(ref, part.shards.get(name)) for name, ref in part.params.items()}
-        given = {**params, **{name: self._cache(spec) for name, spec in part.caches.items()}}
+        caches = {name: self._cache(spec) for name, spec in part.caches.items()}
+        given = {**params, **caches}
         module = self.program.graph_of(part).module
         names = [node.name for node in module.graph.find_nodes(op="placeholder")]
         args = [given[name] if name in given else env[part.inputs[name]] for name in names]
         key = (part.graph, tuple((tuple(arg.shape), arg.dtype) for arg in args))
         if key not in self._known:
-            counting = _Counting(module, self.program.tp)
-            self._known[key] = counting, list(counting.run(*args))
-        counting, outputs = self._known[key]
-        self.kernels += counting.kernels()
+            counting = Counting(module, self.program.tp)
+            outputs = list(counting.run(*args))
+            self._known[key] = counting, tuple(counting.kernels()), outputs
+        counting, kernels, outputs = self._known[key]
+        self.kernels += kernels
         self.exchanges += [
             Exchange(kind, f"{part.name}.{name}", size) for kind, name, size in counting.exchanges
         ]
         self.weight_bytes += sum(param.nbytes for param in params.values())
+        self.cache_bytes += sum(cache.nbytes for cache in caches.values())
         return dict(zip(part.outputs, outputs, strict=True))
 
     def _cache(self, spec: CacheSpec) -> Tensor:
@@ -193,126 +182,3 @@ def _local(ref: ParamRef, spec: ShardSpec | None) -> Tensor:
     if spec is not None:
         shape[spec.dim] = spec.index.shape[1]
     return torch.empty(shape, dtype=ref.dtype, device=_META)
-
-
-# ---- floating-point operations of kernels
-
-
-def _product(out: Tensor, left: Tensor, right: Tensor, *_: Any) -> float:
-    """Of left [..., k], whatever the layout of the other."""
-    return 2.0 * out.numel() * left.shape[-1]
-
-
-def _sum_and_product(out: Tensor, bias: Tensor, left: Tensor, *_: Any) -> float:
-    return 2.0 * out.numel() * left.shape[-1]
-
-
-def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> float:
-    """q [B, H, S, D], k [B, Hkv, T, D]; the half that a causal mask hides is not left out."""
-    return 2.0 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
-
-
-def _cached_attention(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, *_: Any
-) -> float:
-    pairs = q.shape[0] * q.shape[1] * q.shape[2] * k_cache.shape[2]
-    return 2.0 * pairs * (q.shape[3] + v.shape[3])
-
-
-def _convolution(out: Tensor, x: Tensor, weight: Tensor, *_: Any) -> float:
-    return 2.0 * out.numel() * weight[0].numel()
-
-
-def _nothing(*_: Any) -> float:
-    return 0.0
-
-
-Flops = Callable[..., float]
-KERNELS: Mapping[Callable[..., Any], Flops] = {
-    _ATEN.linear.default: _product,
-    _ATEN.matmul.default: _product,
-    _ATEN.mm.default: _product,
-    _ATEN.bmm.default: _product,
-    _ATEN.addmm.default: _sum_and_product,
-    _ATEN.scaled_dot_product_attention.default: _attention,
-    _ATEN.conv1d.default: _convolution,
-    _ATEN.embedding.default: _nothing,
-    _ATEN.index_select.default: _nothing,
-    ATTENTION: _attention,
-    ATTEND: _attention,
-    ATTEND_CACHED: _cached_attention,
-    GROUPED_MM: _product,
-    APPEND: _nothing,
-}
-"""(output, *arguments) -> operations of each operator that is a kernel of its own."""
-_LOOK_UPS = frozenset({_ATEN.embedding.default, _ATEN.index_select.default, APPEND})
-_COLLECTIVES = {SYNC: Kind.ALL_REDUCE, GATHER: Kind.ALL_GATHER}
-
-
-class _Counting(fx.Interpreter):
-    """Runs one graph, and notes every kernel and collective."""
-
-    def __init__(self, module: fx.GraphModule, ranks: int) -> None:
-        super().__init__(module)
-        self.ranks = ranks
-        self.exchanges: list[tuple[Kind, str, int]] = []
-        self._own: dict[fx.Node, Kernel] = {}
-        self._sizes: dict[fx.Node, int] = {}
-        self._dtypes: dict[fx.Node, torch.dtype] = {}
-
-    def run_node(self, node: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        result = getattr(self, node.op)(node.target, args, kwargs)
-        if isinstance(result, Tensor):
-            self._sizes[node], self._dtypes[node] = result.nbytes, result.dtype
-        if node.target in _COLLECTIVES:
-            kind = _COLLECTIVES[node.target]
-            if kind is Kind.ALL_GATHER:
-                shape = list(result.shape)
-                shape[node.args[1]] *= self.ranks
-                result = result.new_empty(shape)
-                self._sizes[node] = result.nbytes
-            name = node.args[1] if kind is Kind.ALL_REDUCE else "gather"
-            self.exchanges.append((kind, name, result.nbytes))
-        elif node.target in KERNELS:
-            self._own[node] = self._kernel(node, args, result)
-        return result
-
-    def _kernel(self, node: fx.Node, args: tuple[Any, ...], result: Any) -> Kernel:
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        out = result if isinstance(result, Tensor) else tensors[0]
-        moved = 2 * out.nbytes
-        if node.target not in _LOOK_UPS:
-            moved = out.nbytes + sum(tensor.nbytes for tensor in tensors)
-        flops = KERNELS[node.target](out, *args)
-        return Kernel(str(node.target).split(".")[-2], flops, moved, out.dtype)
-
-    def kernels(self) -> Iterator[Kernel]:
-        """All kernels: those of their own, and what is fused between them."""
-        for node in self.module.graph.nodes:
-            if node in self._own:
-                yield self._own[node]
-            fused = self._fused(node)
-            if fused:
-                yield Kernel("fused", 0.0, fused, self._dtypes[node])
-
-    def _fused(self, node: fx.Node) -> int:
-        """What fused code writes of a value, or reads if a kernel made it."""
-        if node not in self._sizes or not node.users:
-            return 0
-        alone = self._is_alone(node)
-        crosses = any(self._is_alone(user) != alone for user in node.users)
-        return self._sizes[node] if crosses and not _is_view(node) else 0
-
-    def _is_alone(self, node: fx.Node) -> bool:
-        """Whether it is no part of fused code."""
-        return node.op != "call_function" or node in self._own or node.target in _COLLECTIVES
-
-
-_SHAPES = ("view", "reshape", "transpose", "permute", "unsqueeze", "expand", "slice", "select")
-_VIEWS = frozenset(getattr(_ATEN, name) for name in _SHAPES)
-
-
-def _is_view(node: fx.Node) -> bool:
-    """Whether it moves nothing."""
-    return getattr(node.target, "overloadpacket", None) in _VIEWS
