@@ -13,6 +13,7 @@ from spdcompile import __version__, log
 from spdcompile.cli import (
     calibrate,
     distill,
+    estimate,
     evaluate,
     export_hf,
     generate,
@@ -46,6 +47,12 @@ COMMANDS = (
         "say what of a model is split, synced and dropped, without its weights",
         trace_and_report.add_arguments,
         trace_and_report.run,
+    ),
+    Command(
+        "estimate",
+        "say what a step takes on devices and links that need not be here, and what a drop saves",
+        estimate.add_arguments,
+        estimate.run,
     ),
     Command(
         "generate",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from spdcompile.estimate.machines import Device, Link
+from spdcompile.estimate.links import Link
+from spdcompile.estimate.machines import Device
 from spdcompile.estimate.work import Work
 
 
@@ -37,8 +38,9 @@ class Latency:
 
 def latency_of(work: Work, device: Device, link: Link, ranks: int) -> Latency:
     """What a step takes."""
+    kernels = sum(device.seconds(kernel, work.state_bytes) for kernel in work.kernels)
     return Latency(
-        sum(device.seconds(kernel) for kernel in work.kernels),
+        kernels + work.parts * device.part_s,
         {each.point: link.seconds(each, ranks) for each in work.exchanges},
     )
 

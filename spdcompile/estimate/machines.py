@@ -1,20 +1,38 @@
-"""Devices and links whose latencies are estimated, from machines.json beside this file."""
+"""Devices and links whose latencies are estimated: machines.json beside this file, or another."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from spdcompile.errors import UsageError
 from spdcompile.estimate.counting import Kind
 from spdcompile.estimate.kernels import Kernel
-from spdcompile.estimate.work import Exchange
+from spdcompile.estimate.links import Link, Timed, Way, fitted
+
+FORMAT = "spdcompile-machines-1"
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A product by a matrix, measured.
+
+    Args:
+        rows: vectors that the matrix meets.
+        num_bytes: of all matrices that were read in turn.
+        flops: floating-point operations per second.
+    """
+
+    rows: int
+    num_bytes: int
+    flops: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,95 +43,168 @@ class Device:
         flops: dtype -> floating-point operations per second of a large product.
         bytes_per_s: of a long stream from its memory.
         kernel_s: what every kernel takes at least.
+        part_s: what the host takes for each part of the program; 0 where it runs ahead.
+        products: dtype -> measured rates of products, all rows at all sizes, which are used in
+            place of the roofline.
+        streams: (bytes, bytes per second) of streams of several lengths, in place of one.
     """
 
     name: str
     flops: Mapping[torch.dtype, float]
     bytes_per_s: float
     kernel_s: float
+    part_s: float = 0.0
+    products: Mapping[torch.dtype, Sequence[Rate]] | None = None
+    streams: Sequence[tuple[int, float]] = ()
     sources: tuple[str, ...] = ()
 
-    def seconds(self, kernel: Kernel) -> float:
-        """Roofline: whichever takes longer, computing or moving."""
+    def seconds(self, kernel: Kernel, state_bytes: int) -> float:
+        """Roofline: whichever takes longer, computing or moving.
+
+        Args:
+            state_bytes: that a step reads, of weights and caches.
+
+        Raises:
+            UsageError: nothing is known of the kernel's dtype.
+        """
+        if kernel.flops and kernel.dtype not in self.flops:
+            raise UsageError(
+                f"Nothing is known of {kernel.dtype} there.",
+                where=f"device {self.name!r}",
+                needed=f"one of {', '.join(str(d) for d in self.flops)}",
+            )
+        rates = (self.products or {}).get(kernel.dtype)
+        if rates and kernel.rows:
+            return self.kernel_s + kernel.flops / _rate(rates, kernel.rows, state_bytes)
         compute = kernel.flops / self.flops[kernel.dtype] if kernel.flops else 0.0
-        return self.kernel_s + max(compute, kernel.num_bytes / self.bytes_per_s)
+        stream = self._stream(state_bytes if kernel.reads_state else kernel.num_bytes)
+        return self.kernel_s + max(compute, kernel.num_bytes / stream)
+
+    def _stream(self, num_bytes: int) -> float:
+        if not self.streams:
+            return self.bytes_per_s
+        sizes, rates = zip(*self.streams, strict=True)
+        return float(np.exp(np.interp(np.log(num_bytes), np.log(sizes), np.log(rates))))
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """What ranks exchange through: alpha-beta of a ring, or of rings within nodes and across.
+def _rate(rates: Sequence[Rate], rows: int, num_bytes: int) -> float:
+    """Between the nearest measured ones, by logarithms."""
+    known = sorted({rate.rows for rate in rates})
+    at = []
+    for each in known:
+        own = sorted((rate.num_bytes, rate.flops) for rate in rates if rate.rows == each)
+        sizes, flops = zip(*own, strict=True)
+        at.append(np.interp(np.log(num_bytes), np.log(sizes), np.log(flops)))
+    return float(np.exp(np.interp(np.log(rows), np.log(known), at)))
+
+
+class Machines:
+    """Devices and links by name.
 
     Args:
-        base_s: of a collective, however many ranks there are.
-        hop_s: of each of a ring's steps.
-        bytes_per_s: bus bandwidth: what a rank sends, and at the same time receives.
-        across: between nodes, for ranks of several; shared by the ranks of a node.
-        per_node: ranks of a node, with `across`.
+        table: as in machines.json.
+        where: the file's name, for messages.
     """
 
-    name: str
-    base_s: float
-    hop_s: float
-    bytes_per_s: float
-    across: Link | None = None
-    per_node: int = 0
-    sources: tuple[str, ...] = field(default=())
+    def __init__(self, table: Mapping[str, Any], where: str) -> None:
+        self._table, self._where = table, where
 
-    def seconds(self, exchange: Exchange, ranks: int) -> float:
-        """Of one collective over so many ranks; 0 for a single one."""
-        if self.across is not None and ranks > self.per_node:
-            nodes = ranks // self.per_node
-            return self._ring(exchange, self.per_node) + self.across._ring(exchange, nodes)
-        return self._ring(exchange, ranks)
+    @classmethod
+    def load(cls, path: str | Path | None = None) -> Machines:
+        """What is known: the package's own entries, and before those the entries of a file.
 
-    def _ring(self, exchange: Exchange, ranks: int) -> float:
-        if ranks == 1:
-            return 0.0
-        # A sum goes round twice: to be summed, then to be known to all.
-        rounds = 2 if exchange.kind is Kind.ALL_REDUCE else 1
-        hops = rounds * (ranks - 1)
-        return self.base_s + hops * (self.hop_s + exchange.num_bytes / ranks / self.bytes_per_s)
+        Raises:
+            UsageError: the file holds none.
+        """
+        own = files("spdcompile.estimate").joinpath("machines.json").read_text("utf-8")
+        table = json.loads(own)
+        if path is None:
+            return cls(table, "machines.json")
+        try:
+            given = json.loads(Path(path).read_text("utf-8"))
+            if given["format"] != FORMAT:
+                raise ValueError(f"format {given['format']!r}")
+            found = cls({key: {**table[key], **given[key]} for key in ("devices", "links")}, "")
+            found._where = str(path)
+            for name in given["devices"]:
+                found.device(name)
+            for name in given["links"]:
+                found.link(name)
+        except UsageError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                "The machine cannot be read.",
+                where=str(path),
+                found=f"{type(error).__name__}: {error}",
+                needed=f"JSON of the format {FORMAT}: devices and links, as measure-machine writes",
+            ) from error
+        return found
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(self._table["devices"])
 
-@cache
-def _table() -> dict[str, Any]:
-    return json.loads(files("spdcompile.estimate").joinpath("machines.json").read_text("utf-8"))
+    @property
+    def links(self) -> tuple[str, ...]:
+        return tuple(self._table["links"])
 
+    def device(self, name: str) -> Device:
+        """A device by name.
 
-def device_named(name: str) -> Device:
-    """A device of the table.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
-    row = _row("devices", name)
-    flops = {getattr(torch, d): row["flops_share"] * rate for d, rate in row["flops"].items()}
-    stream = row["bytes_share"] * row["bytes_per_s"]
-    return Device(name, flops, stream, row["kernel_s"], tuple(row["sources"]))
-
-
-def link_named(name: str) -> Link:
-    """A link of the table.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
-    row = dict(_row("links", name))
-    within = row.pop("within", None)
-    link = Link(name, **{**row, "sources": tuple(row["sources"])}) if not within else None
-    if link is None:
-        across = Link(name, row["base_s"], row["hop_s"], row["bytes_per_s"])
-        link = replace(link_named(within), name=name, across=across, per_node=row["per_node"])
-    return link
-
-
-def _row(kind: str, name: str) -> dict[str, Any]:
-    rows = _table()[kind]
-    if name not in rows:
-        raise UsageError(
-            f"There is no such entry under {kind}.",
-            where="machines.json",
-            found=repr(name),
-            needed=f"one of {', '.join(rows)}",
+        Raises:
+            UsageError: there is none of that name.
+        """
+        row = self._row("devices", name)
+        share, rates = row.get("flops_share", 1.0), row.get("products", {})
+        return Device(
+            name,
+            {getattr(torch, dtype): share * rate for dtype, rate in row["flops"].items()},
+            row.get("bytes_share", 1.0) * row["bytes_per_s"],
+            row["kernel_s"],
+            row.get("part_s", 0.0),
+            {getattr(torch, dtype): [Rate(*x) for x in rows] for dtype, rows in rates.items()},
+            [(int(size), float(rate)) for size, rate in row.get("streams", [])],
+            tuple(row["sources"]),
         )
-    return rows[name]
+
+    def link(self, name: str) -> Link:
+        """A link by name.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        row = self._row("links", name)
+        sources = tuple(row["sources"])
+        if "within" in row:
+            across = Link(name, (_given(row["across"]),))
+            within = self.link(row["within"])
+            given = {"across": across, "nodes": row["nodes"], "measured": (), "sources": sources}
+            return replace(within, name=name, **given)
+        if "steps_of" in row:
+            ways = self.link(row["steps_of"]).ways
+            ways = tuple(replace(way, s_per_byte=1 / row["bytes_per_s"]) for way in ways)
+            return Link(name, ways, sources=sources)
+        ways = [_fitted(way, row.get("hop_s")) for way in row["ways"]]
+        measured = tuple(dict.fromkeys(timed for _, rows in ways for timed in rows))
+        return Link(name, tuple(way for way, _ in ways), measured=measured, sources=sources)
+
+    def _row(self, kind: str, name: str) -> Mapping[str, Any]:
+        rows = self._table[kind]
+        if name not in rows:
+            raise UsageError(
+                f"There is no such entry under {kind}.",
+                where=self._where,
+                found=repr(name),
+                needed=f"one of {', '.join(rows)}",
+            )
+        return rows[name]
+
+
+def _given(row: Mapping[str, float]) -> Way:
+    return Way(row["base_s"], row["hop_s"], 1 / row["bytes_per_s"])
+
+
+def _fitted(row: Sequence[Sequence[Any]], hop_s: float | None) -> tuple[Way, list[Timed]]:
+    rows = [Timed(Kind(kind), ranks, size, seconds) for kind, ranks, size, seconds in row]
+    return fitted(rows, hop_s), rows
