@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 from spdcompile.passes.base import ParamRef, Part, Program
 from spdcompile.passes.layout import ShardSpec
 from spdcompile.passes.verify import count_sync_nodes
-from spdcompile.runtime.cache import KVCache
 from spdcompile.runtime.collectives import lower_collectives
 from spdcompile.runtime.delays import Delays, OfDelays, Seconds, cycles_per_s, set_delays
 from spdcompile.runtime.executor import Backend, Executor, Function, on_device

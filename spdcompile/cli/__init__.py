@@ -18,6 +18,7 @@ from spdcompile.cli import (
     export_hf,
     generate,
     group_heads,
+    measure_machine,
     trace_and_report,
     tune,
 )
@@ -53,6 +54,12 @@ COMMANDS = (
         "say what a step takes on devices and links that need not be here, and what a drop saves",
         estimate.add_arguments,
         estimate.run,
+    ),
+    Command(
+        "measure-machine",
+        "measure this machine's products, streams and links, for `estimate --machine`",
+        measure_machine.add_arguments,
+        measure_machine.run,
     ),
     Command(
         "generate",

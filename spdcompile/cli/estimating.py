@@ -1,4 +1,4 @@
-"""Does what `estimate` says: counts the work of a model without weights, and tells what it takes."""
+"""Does what `estimate` says: counts a model's work without weights, and says how long it is."""
 
 from __future__ import annotations
 

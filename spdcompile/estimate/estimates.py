@@ -11,9 +11,10 @@ import torch
 from tabulate import tabulate
 
 from spdcompile.errors import RefusalError, UsageError
+from spdcompile.estimate.devices import Device
 from spdcompile.estimate.latency import Latency, expected_gain, ideal_gain, latency_of
 from spdcompile.estimate.links import Link
-from spdcompile.estimate.machines import Device, Machines
+from spdcompile.estimate.machines import Machines
 from spdcompile.estimate.structure import Structure
 from spdcompile.estimate.work import Step
 from spdcompile.models import ModelSource

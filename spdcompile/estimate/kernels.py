@@ -24,6 +24,7 @@ class Kernel:
         num_bytes: read and written.
         dtype: that of its result, in which it computes.
         rows: of a product by a matrix, how many vectors the matrix meets; 0 for other kernels.
+        matrix_bytes: of that matrix.
         reads_state: whether it reads weights or caches, which every step reads once, rather than
             what the kernel before has just written.
     """
@@ -33,6 +34,7 @@ class Kernel:
     num_bytes: int
     dtype: torch.dtype
     rows: int = 0
+    matrix_bytes: int = 0
     reads_state: bool = False
 
 
@@ -84,8 +86,9 @@ KERNELS: Mapping[Callable[..., Any], Flops] = {
 }
 """(output, *arguments) -> operations of each operator that is a kernel of its own."""
 _LOOK_UPS = frozenset({_ATEN.embedding.default, _ATEN.index_select.default, APPEND})
-_BY_MATRIX = frozenset({_ATEN.linear.default, _ATEN.mm.default, _ATEN.addmm.default})
-_BY_STATE = _BY_MATRIX | {ATTEND_CACHED, GROUPED_MM}
+# Where among the arguments the matrix is.
+_BY_MATRIX = {_ATEN.linear.default: 1, _ATEN.mm.default: 1, _ATEN.addmm.default: 2}
+_BY_STATE = frozenset({*_BY_MATRIX, ATTEND_CACHED, GROUPED_MM})
 
 
 def kernel_of(op: Any, out: Tensor, args: Sequence[Any], flops: float | None = None) -> Kernel:
@@ -102,11 +105,13 @@ def kernel_of(op: Any, out: Tensor, args: Sequence[Any], flops: float | None = N
     if op is GROUPED_MM:
         rows, experts = tensors[0].shape[0], tensors[1].shape[0]
         moved -= tensors[1].nbytes * max(experts - rows, 0) // experts  # no row, no read
+    by_matrix = op in _BY_MATRIX
     return Kernel(
         str(op).split(".")[-2],
         KERNELS[op](out, *args) if flops is None else flops,
         moved,
         out.dtype,
-        rows=out.numel() // out.shape[-1] if op in _BY_MATRIX else 0,
+        rows=out.numel() // out.shape[-1] if by_matrix else 0,
+        matrix_bytes=tensors[_BY_MATRIX[op]].nbytes if by_matrix else 0,
         reads_state=op in _BY_STATE,
     )

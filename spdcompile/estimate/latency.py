@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from spdcompile.estimate.devices import Device
 from spdcompile.estimate.links import Link
-from spdcompile.estimate.machines import Device
 from spdcompile.estimate.work import Work
 
 

@@ -4,98 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from spdcompile.errors import UsageError
 from spdcompile.estimate.counting import Kind
-from spdcompile.estimate.kernels import Kernel
+from spdcompile.estimate.devices import Device, Rate
 from spdcompile.estimate.links import Link, Timed, Way, fitted
 
 FORMAT = "spdcompile-machines-1"
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """A product by a matrix, measured.
-
-    Args:
-        rows: vectors that the matrix meets.
-        num_bytes: of all matrices that were read in turn.
-        flops: floating-point operations per second.
-    """
-
-    rows: int
-    num_bytes: int
-    flops: float
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What a rank computes on.
-
-    Args:
-        flops: dtype -> floating-point operations per second of a large product.
-        bytes_per_s: of a long stream from its memory.
-        kernel_s: what every kernel takes at least.
-        part_s: what the host takes for each part of the program; 0 where it runs ahead.
-        products: dtype -> measured rates of products, all rows at all sizes, which are used in
-            place of the roofline.
-        streams: (bytes, bytes per second) of streams of several lengths, in place of one.
-    """
-
-    name: str
-    flops: Mapping[torch.dtype, float]
-    bytes_per_s: float
-    kernel_s: float
-    part_s: float = 0.0
-    products: Mapping[torch.dtype, Sequence[Rate]] | None = None
-    streams: Sequence[tuple[int, float]] = ()
-    sources: tuple[str, ...] = ()
-
-    def seconds(self, kernel: Kernel, state_bytes: int) -> float:
-        """Roofline: whichever takes longer, computing or moving.
-
-        Args:
-            state_bytes: that a step reads, of weights and caches.
-
-        Raises:
-            UsageError: nothing is known of the kernel's dtype.
-        """
-        if kernel.flops and kernel.dtype not in self.flops:
-            raise UsageError(
-                f"Nothing is known of {kernel.dtype} there.",
-                where=f"device {self.name!r}",
-                needed=f"one of {', '.join(str(d) for d in self.flops)}",
-            )
-        rates = (self.products or {}).get(kernel.dtype)
-        if rates and kernel.rows:
-            return self.kernel_s + kernel.flops / _rate(rates, kernel.rows, state_bytes)
-        compute = kernel.flops / self.flops[kernel.dtype] if kernel.flops else 0.0
-        stream = self._stream(state_bytes if kernel.reads_state else kernel.num_bytes)
-        return self.kernel_s + max(compute, kernel.num_bytes / stream)
-
-    def _stream(self, num_bytes: int) -> float:
-        if not self.streams:
-            return self.bytes_per_s
-        sizes, rates = zip(*self.streams, strict=True)
-        return float(np.exp(np.interp(np.log(num_bytes), np.log(sizes), np.log(rates))))
-
-
-def _rate(rates: Sequence[Rate], rows: int, num_bytes: int) -> float:
-    """Between the nearest measured ones, by logarithms."""
-    known = sorted({rate.rows for rate in rates})
-    at = []
-    for each in known:
-        own = sorted((rate.num_bytes, rate.flops) for rate in rates if rate.rows == each)
-        sizes, flops = zip(*own, strict=True)
-        at.append(np.interp(np.log(num_bytes), np.log(sizes), np.log(flops)))
-    return float(np.exp(np.interp(np.log(rows), np.log(known), at)))
 
 
 class Machines:
@@ -163,7 +84,7 @@ class Machines:
             row.get("bytes_share", 1.0) * row["bytes_per_s"],
             row["kernel_s"],
             row.get("part_s", 0.0),
-            {getattr(torch, dtype): [Rate(*x) for x in rows] for dtype, rows in rates.items()},
+            {getattr(torch, dtype): tuple(Rate(*x) for x in rows) for dtype, rows in rates.items()},
             [(int(size), float(rate)) for size, rate in row.get("streams", [])],
             tuple(row["sources"]),
         )

@@ -138,7 +138,7 @@ def step_seconds(
             str(model),
         ]
         command += [str(directory / "plan.json"), str(result), str(tokens), str(rounds), backend]
-        _run(command, timeout)
+        run_ranks(command, timeout)
         undropped, dropped = json.loads(result.read_text(encoding="utf-8"))
     return undropped, dropped
 
@@ -174,8 +174,12 @@ def check_cores(tp: int) -> None:
         )
 
 
-def _run(command: list[str], timeout: float) -> None:
-    """Runs a command; it and all that it started end when it does not do so in time."""
+def run_ranks(command: list[str], timeout: float) -> None:
+    """Runs a command; it and all that it started end when it does not do so in time.
+
+    Raises:
+        MeasuringError: it failed, or did not end in time.
+    """
     environ = {"OMP_NUM_THREADS": "1", **os.environ}
     with subprocess.Popen(
         command,

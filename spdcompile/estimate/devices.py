@@ -1,0 +1,105 @@
+"""What kernels take: a roofline, or measured rates of products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from spdcompile.errors import UsageError
+from spdcompile.estimate.kernels import Kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A product by a matrix, measured.
+
+    Args:
+        rows: vectors that the matrix meets.
+        matrix_bytes: of the matrix.
+        state_bytes: of all matrices that were read in turn, this one among them.
+        flops: floating-point operations per second.
+    """
+
+    rows: int
+    matrix_bytes: int
+    state_bytes: int
+    flops: float
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a rank computes on.
+
+    Args:
+        flops: dtype -> floating-point operations per second of a large product.
+        bytes_per_s: of a long stream from its memory.
+        kernel_s: what every kernel takes at least.
+        part_s: what the host takes for each part of the program; 0 where it runs ahead.
+        products: dtype -> measured rates of products, used in place of the roofline.
+        streams: (bytes, bytes per second) of streams of several lengths, in place of one.
+    """
+
+    name: str
+    flops: Mapping[torch.dtype, float]
+    bytes_per_s: float
+    kernel_s: float
+    part_s: float = 0.0
+    products: Mapping[torch.dtype, tuple[Rate, ...]] | None = None
+    streams: Sequence[tuple[int, float]] = ()
+    sources: tuple[str, ...] = ()
+
+    def seconds(self, kernel: Kernel, state_bytes: int) -> float:
+        """Roofline: whichever takes longer, computing or moving.
+
+        Args:
+            state_bytes: that a step reads, of weights and caches.
+
+        Raises:
+            UsageError: nothing is known of the kernel's dtype.
+        """
+        if kernel.flops and kernel.dtype not in self.flops:
+            raise UsageError(
+                f"Nothing is known of {kernel.dtype} there.",
+                where=f"device {self.name!r}",
+                needed=f"one of {', '.join(str(dtype) for dtype in self.flops)}",
+            )
+        rates = (self.products or {}).get(kernel.dtype)
+        if rates and kernel.rows:
+            rate = _between(rates, (kernel.rows, kernel.matrix_bytes, state_bytes))
+            return self.kernel_s + kernel.flops / rate
+        compute = kernel.flops / self.flops[kernel.dtype] if kernel.flops else 0.0
+        stream = self._stream(state_bytes if kernel.reads_state else kernel.num_bytes)
+        return self.kernel_s + max(compute, kernel.num_bytes / stream)
+
+    def _stream(self, num_bytes: int) -> float:
+        if not self.streams:
+            return self.bytes_per_s
+        sizes, rates = zip(*self.streams, strict=True)
+        return float(np.exp(np.interp(np.log(num_bytes), np.log(sizes), np.log(rates))))
+
+
+@lru_cache(maxsize=4096)
+def _between(rates: tuple[Rate, ...], place: tuple[int, int, int]) -> float:
+    """Operations per second between the nearest measured ones, by logarithms.
+
+    Args:
+        place: rows, bytes of the matrix, bytes of all.
+    """
+    points = [((r.rows, r.matrix_bytes, r.state_bytes), r.flops) for r in rates]
+    return float(np.exp(_interpolated(points, place)))
+
+
+def _interpolated(points: Sequence[tuple[tuple[int, ...], float]], place: tuple[int, ...]) -> float:
+    """The logarithm at a place: along its first coordinate, of what the others give there."""
+    if not place:
+        return float(np.log(points[0][1]))
+    groups: dict[int, list[tuple[tuple[int, ...], float]]] = {}
+    for (first, *rest), flops in points:
+        groups.setdefault(first, []).append((tuple(rest), flops))
+    known = sorted(groups)
+    values = [_interpolated(groups[first], place[1:]) for first in known]
+    return float(np.interp(np.log(place[0]), np.log(known), values))
