@@ -59,14 +59,12 @@ class Work:
 
     Args:
         weight_bytes: of all parameters; what two parts share counts once for each.
-        cache_bytes: of all caches, as long as the step needs them.
         parts: how many parts the program calls.
     """
 
     kernels: tuple[Kernel, ...] = field(default=())
     exchanges: tuple[Exchange, ...] = field(default=())
     weight_bytes: int = 0
-    cache_bytes: int = 0
     parts: int = 0
 
     @property
@@ -79,8 +77,8 @@ class Work:
 
     @property
     def state_bytes(self) -> int:
-        """What every step reads once: a cache of the processor that holds it all is faster."""
-        return self.weight_bytes + self.cache_bytes
+        """What a step reads of weights and caches: a processor's cache that holds it is faster."""
+        return sum(kernel.num_bytes for kernel in self.kernels if kernel.reads_state)
 
 
 def work_of(program: Program, step: Step) -> Work:
@@ -102,7 +100,6 @@ def work_of(program: Program, step: Step) -> Work:
         tuple(counter.kernels),
         tuple(counter.exchanges),
         counter.weight_bytes,
-        counter.cache_bytes,
         len(program.parts),
     )
 
@@ -144,14 +141,13 @@ class _Counter:
         self.program, self.step = program, step
         self.kernels: list[Kernel] = []
         self.exchanges: list[Exchange] = []
-        self.weight_bytes = self.cache_bytes = 0
+        self.weight_bytes = 0
         self._known: dict[object, tuple[Counting, tuple[Kernel, ...], list[Tensor]]] = {}
 
     def run(self, part: Part, env: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs of a part, whose work is added."""
         params = {name: _local(ref, part.shards.get(name)) for name, ref in part.params.items()}
-        caches = {name: self._cache(spec) for name, spec in part.caches.items()}
-        given = {**params, **caches}
+        given = {**params, **{name: self._cache(spec) for name, spec in part.caches.items()}}
         module = self.program.graph_of(part).module
         names = [node.name for node in module.graph.find_nodes(op="placeholder")]
         args = [given[name] if name in given else env[part.inputs[name]] for name in names]
@@ -166,7 +162,6 @@ class _Counter:
             Exchange(kind, f"{part.name}.{name}", size) for kind, name, size in counting.exchanges
         ]
         self.weight_bytes += sum(param.nbytes for param in params.values())
-        self.cache_bytes += sum(cache.nbytes for cache in caches.values())
         return dict(zip(part.outputs, outputs, strict=True))
 
     def _cache(self, spec: CacheSpec) -> Tensor:
