@@ -135,6 +135,11 @@ class Replayed:
         """Has the next call capture anew, with the delays that are set then."""
         self._captured = None
 
+    @torch.no_grad()
+    def launch(self) -> None:
+        """Runs the step outside any graph, so that what counts collectives counts each once."""
+        self._run()
+
     def _run(self) -> None:
         self.executor.run(self._inputs, self._cache, 1)
 

@@ -19,6 +19,7 @@ from spdcompile.cli import (
     generate,
     group_heads,
     measure_machine,
+    replay,
     trace_and_report,
     tune,
 )
@@ -54,6 +55,12 @@ COMMANDS = (
         "say what a step takes on devices and links that need not be here, and what a drop saves",
         estimate.add_arguments,
         estimate.run,
+    ),
+    Command(
+        "replay",
+        "run one rank of a model by itself, with random weights and waits in place of collectives",
+        replay.add_arguments,
+        replay.run,
     ),
     Command(
         "measure-machine",

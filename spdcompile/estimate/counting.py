@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from spdcompile.errors import UsageError
-from spdcompile.estimate.kernels import KERNELS, Kernel, kernel_of
+from spdcompile.estimate.kernels import FUSED, KERNELS, Kernel, kernel_of
 from spdcompile.passes.ops import GATHER, SYNC, TAKE
 
 _ATEN = torch.ops.aten
@@ -109,7 +109,7 @@ class Counting(fx.Interpreter):
             if node in self._own:
                 yield self._own[node]
             elif moved.get(node):
-                yield Kernel("fused", 0.0, moved[node], self._dtypes.get(node, torch.float32))
+                yield Kernel(FUSED, 0.0, moved[node], self._dtypes.get(node, torch.float32))
 
     def _stage(self, node: fx.Node) -> int:
         """How many kernels and collectives lie before it on the longest way there."""

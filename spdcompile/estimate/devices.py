@@ -10,7 +10,10 @@ import numpy as np
 import torch
 
 from spdcompile.errors import UsageError
-from spdcompile.estimate.kernels import Kernel
+from spdcompile.estimate.kernels import FUSED, Kernel
+
+Point = tuple[int, float]
+"""A size and the rate that was measured with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,10 @@ class Device:
         kernel_s: what every kernel takes at least.
         part_s: what the host takes for each part of the program; 0 where it runs ahead.
         products: dtype -> measured rates of products, used in place of the roofline.
+        attention: dtype -> (queries of a head, operations per second) of measured attention to as
+            many keys.
         streams: (bytes, bytes per second) of streams of several lengths, in place of one.
+        fused: the same of fused kernels, which compute on what they move.
     """
 
     name: str
@@ -49,7 +55,9 @@ class Device:
     kernel_s: float
     part_s: float = 0.0
     products: Mapping[torch.dtype, tuple[Rate, ...]] | None = None
-    streams: Sequence[tuple[int, float]] = ()
+    attention: Mapping[torch.dtype, Sequence[Point]] | None = None
+    streams: Sequence[Point] = ()
+    fused: Sequence[Point] = ()
     sources: tuple[str, ...] = ()
 
     def seconds(self, kernel: Kernel, state_bytes: int) -> float:
@@ -68,18 +76,33 @@ class Device:
                 needed=f"one of {', '.join(str(dtype) for dtype in self.flops)}",
             )
         rates = (self.products or {}).get(kernel.dtype)
-        if rates and kernel.rows:
+        if rates and kernel.matrix_bytes:
             rate = _between(rates, (kernel.rows, kernel.matrix_bytes, state_bytes))
             return self.kernel_s + kernel.flops / rate
-        compute = kernel.flops / self.flops[kernel.dtype] if kernel.flops else 0.0
-        stream = self._stream(state_bytes if kernel.reads_state else kernel.num_bytes)
-        return self.kernel_s + max(compute, kernel.num_bytes / stream)
+        stream = self._stream(kernel, state_bytes)
+        return self.kernel_s + max(self._computing(kernel), kernel.num_bytes / stream)
 
-    def _stream(self, num_bytes: int) -> float:
-        if not self.streams:
-            return self.bytes_per_s
-        sizes, rates = zip(*self.streams, strict=True)
-        return float(np.exp(np.interp(np.log(num_bytes), np.log(sizes), np.log(rates))))
+    def _computing(self, kernel: Kernel) -> float:
+        if not kernel.flops:
+            return 0.0
+        points = (self.attention or {}).get(kernel.dtype)
+        if points and kernel.rows:
+            return kernel.flops / _at(points, kernel.rows)
+        return kernel.flops / self.flops[kernel.dtype]
+
+    def _stream(self, kernel: Kernel, state_bytes: int) -> float:
+        """Bytes per second."""
+        if self.fused and kernel.name == FUSED:
+            return _at(self.fused, kernel.num_bytes)
+        if self.streams:
+            return _at(self.streams, state_bytes if kernel.reads_state else kernel.num_bytes)
+        return self.bytes_per_s
+
+
+def _at(points: Sequence[Point], size: int) -> float:
+    """The rate between the nearest measured ones, by logarithms."""
+    sizes, rates = zip(*points, strict=True)
+    return float(np.exp(np.interp(np.log(size), np.log(sizes), np.log(rates))))
 
 
 @lru_cache(maxsize=4096)

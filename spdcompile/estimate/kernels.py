@@ -12,6 +12,7 @@ from torch import Tensor
 from spdcompile.passes.ops import APPEND, ATTEND, ATTEND_CACHED, ATTENTION, GROUPED_MM
 
 _ATEN = torch.ops.aten
+FUSED = "fused"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +20,13 @@ class Kernel:
     """One kernel on one rank.
 
     Args:
-        name: its operator, or "fused".
+        name: its operator, or FUSED.
         flops: floating-point operations, a multiply-add counted as two.
         num_bytes: read and written.
         dtype: that of its result, in which it computes.
-        rows: of a product by a matrix, how many vectors the matrix meets; 0 for other kernels.
-        matrix_bytes: of that matrix.
+        rows: of a product by a matrix, how many vectors the matrix meets; of an attention, how many
+            queries a head has; 0 for other kernels.
+        matrix_bytes: of that matrix; 0 for other kernels.
         reads_state: whether it reads weights or caches, which every step reads once, rather than
             what the kernel before has just written.
     """
@@ -88,6 +90,9 @@ KERNELS: Mapping[Callable[..., Any], Flops] = {
 _LOOK_UPS = frozenset({_ATEN.embedding.default, _ATEN.index_select.default, APPEND})
 # Where among the arguments the matrix is.
 _BY_MATRIX = {_ATEN.linear.default: 1, _ATEN.mm.default: 1, _ATEN.addmm.default: 2}
+_ATTENTIONS = frozenset(
+    {_ATEN.scaled_dot_product_attention.default, ATTENTION, ATTEND, ATTEND_CACHED}
+)
 _BY_STATE = frozenset({*_BY_MATRIX, ATTEND_CACHED, GROUPED_MM})
 
 
@@ -105,13 +110,17 @@ def kernel_of(op: Any, out: Tensor, args: Sequence[Any], flops: float | None = N
     if op is GROUPED_MM:
         rows, experts = tensors[0].shape[0], tensors[1].shape[0]
         moved -= tensors[1].nbytes * max(experts - rows, 0) // experts  # no row, no read
-    by_matrix = op in _BY_MATRIX
+    rows = matrix_bytes = 0
+    if op in _BY_MATRIX:
+        rows, matrix_bytes = out.numel() // out.shape[-1], tensors[_BY_MATRIX[op]].nbytes
+    elif op in _ATTENTIONS:
+        rows = tensors[0].shape[2]
     return Kernel(
         str(op).split(".")[-2],
         KERNELS[op](out, *args) if flops is None else flops,
         moved,
         out.dtype,
-        rows=out.numel() // out.shape[-1] if by_matrix else 0,
-        matrix_bytes=tensors[_BY_MATRIX[op]].nbytes if by_matrix else 0,
+        rows=rows,
+        matrix_bytes=matrix_bytes,
         reads_state=op in _BY_STATE,
     )

@@ -13,7 +13,7 @@ import torch
 
 from spdcompile.errors import UsageError
 from spdcompile.estimate.counting import Kind
-from spdcompile.estimate.devices import Device, Rate
+from spdcompile.estimate.devices import Device, Point, Rate
 from spdcompile.estimate.links import Link, Timed, Way, fitted
 
 FORMAT = "spdcompile-machines-1"
@@ -78,14 +78,17 @@ class Machines:
         """
         row = self._row("devices", name)
         share, rates = row.get("flops_share", 1.0), row.get("products", {})
+        attention = row.get("attention", {})
         return Device(
             name,
-            {getattr(torch, dtype): share * rate for dtype, rate in row["flops"].items()},
+            {_dtype(dtype): share * rate for dtype, rate in row["flops"].items()},
             row.get("bytes_share", 1.0) * row["bytes_per_s"],
             row["kernel_s"],
             row.get("part_s", 0.0),
-            {getattr(torch, dtype): tuple(Rate(*x) for x in rows) for dtype, rows in rates.items()},
-            [(int(size), float(rate)) for size, rate in row.get("streams", [])],
+            {_dtype(dtype): tuple(Rate(*x) for x in rows) for dtype, rows in rates.items()},
+            {_dtype(dtype): _points(rows) for dtype, rows in attention.items()},
+            _points(row.get("streams", [])),
+            _points(row.get("fused", [])),
             tuple(row["sources"]),
         )
 
@@ -120,6 +123,14 @@ class Machines:
                 needed=f"one of {', '.join(rows)}",
             )
         return rows[name]
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
+
+
+def _points(rows: Sequence[Sequence[Any]]) -> tuple[Point, ...]:
+    return tuple((int(size), float(rate)) for size, rate in rows)
 
 
 def _given(row: Mapping[str, float]) -> Way:

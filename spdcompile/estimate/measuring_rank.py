@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ _ROWS = (1, 8, 32, 128, 512)
 _WIDTHS = (256, 512, 1024, 2048)
 _SETS = tuple(2**exponent for exponent in (20, 22, 23, 24, 25, 27))
 _STREAMS = tuple(2**exponent for exponent in (14, 17, 20, 22, 23, 24, 25, 27))
+_FUSED = (64, 128, 512, 2048)
+_TOKENS = (32, 128, 512)
 _REDUCED = tuple(2**exponent for exponent in (10, 12, 14, 16, 18, 20, 22))
 _GATHERED = tuple(2**exponent for exponent in (12, 16, 20))
 _SECONDS, _MOST_ROUNDS, _FEWEST_ROUNDS = 0.15, 40, 5
@@ -51,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
     device: dict[str, Any] = {
         "flops": {},
         "products": {},
+        "attention": {},
+        "fused": list(_fused()),
         "streams": [[size, _stream(size)] for size in _STREAMS],
         "kernel_s": _small_kernel(),
     }
@@ -58,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
     for name in dtypes.split(","):
         rates = list(_products(getattr(torch, name)))
         device["products"][name] = rates
+        device["attention"][name] = list(_attention(getattr(torch, name)))
         device["flops"][name] = max(rate[-1] for rate in rates)
     device["part_s"] = _part(shallow, deep, device, next(iter(links.values())))
     if dist.get_rank() == 0:
@@ -101,6 +107,51 @@ def _products(dtype: torch.dtype) -> Iterator[list[float]]:
                 vectors = torch.randn(rows, width, dtype=dtype)
                 seconds = _median(lambda v=vectors, m=matrices: [F.linear(v, x) for x in m])
                 yield [rows, matrix, size, 2 * rows * width**2 * len(matrices) / seconds]
+
+
+def _attention(dtype: torch.dtype) -> Iterator[list[float]]:
+    """[queries of a head, operations per second] of causal attention to as many keys."""
+    heads, width = 8, 64
+    for tokens in _TOKENS:
+        q, k, v = torch.randn(3, 1, heads, tokens, width, dtype=dtype)
+        call = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+        yield [tokens, 4 * heads * tokens**2 * width / _median(call)]
+
+
+def _fused() -> Iterator[list[float]]:
+    """[bytes, bytes per second] of what lies between a block's products, as Inductor compiles it.
+
+    Norm, rotary embedding of half the width and gated activation, in the shares that blocks have.
+    """
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.unflatten(-1, (-1, 64)).transpose(0, 1)
+        return x * cos + torch.cat([-x[..., 32:], x[..., :32]], -1) * sin
+
+    compiled = [torch.compile(each, dynamic=True) for each in (norm, gated, rotated)]
+
+    def seconds_of(tokens: int, width: int) -> tuple[float, int]:
+        x, gate, half = (torch.randn(tokens, size) for size in (width, width, width // 2))
+        angles = torch.randn(tokens, 64)
+        inputs = (x, torch.ones(width)), (gate, x), (half, angles, angles)
+
+        def calls() -> None:
+            for function, given in zip(compiled, inputs, strict=True):
+                function(*given)
+
+        moved = 2 * x.nbytes + 3 * x.nbytes + 2 * (half.nbytes + angles.nbytes)
+        return _median(calls), moved // 3
+
+    alone, _ = seconds_of(2, 128)  # what the calls take, from outside a program
+    for tokens in _FUSED:
+        seconds, moved = seconds_of(tokens, 1024)
+        yield [moved, 3 * moved / max(seconds - alone, 1e-2 * seconds)]
 
 
 def _stream(num_bytes: int) -> float:

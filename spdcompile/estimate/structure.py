@@ -69,6 +69,17 @@ class Structure:
             )
         return work_of(program, step)
 
+    def remembering(self, plan: Plan) -> Program:
+        """The program of a plan that runs on new tokens alone.
+
+        Raises:
+            RefusalError: there is none, or a sync point cannot be dropped.
+        """
+        _, remembering = self._of(plan)
+        if isinstance(remembering, RefusalError):
+            raise remembering
+        return remembering
+
     def lowering(self, plan: Plan) -> Lowering:
         """The program of a plan, and how it came about."""
         return pipeline.advance(self._base(plan), pipeline.changing(plan.dropped, plan.router))
