@@ -35,6 +35,7 @@ class Structure:
         self.model = resolve_model(model, weights=False, dtype=dtype)
         self._vocabulary = vocabulary
         self._bases: list[tuple[int, HeadGroups, Lowering]] = []
+        self._works: dict[tuple[str, Step], Work] = {}
         self._programs: dict[str, tuple[Program, Program | RefusalError]] = {}
 
     @cached_property
@@ -53,6 +54,12 @@ class Structure:
             RefusalError: a sync point cannot be dropped, or the step has a context and the model
                 cannot run on new tokens alone.
         """
+        key = plan.content_hash, step
+        if key not in self._works:
+            self._works[key] = self._counted(plan, step)
+        return self._works[key]
+
+    def _counted(self, plan: Plan, step: Step) -> Work:
         plain, remembering = self._of(plan)
         if isinstance(remembering, Program):
             program = remembering
