@@ -188,7 +188,7 @@ def _paper(workloads: Sequence[Workload]) -> str:
             "The columns on the right say after how many generated tokens of each sequence the "
             f"whole run gains {PAPER_GAIN:.1%}, and for how many it is within 3 points of that; "
             "each is taken to cost what the first one does. Decode by itself is within 3 points "
-            f"at batch {', '.join(map(str, sorted(near))) or '(none)'}. Prefill by itself is "
+            f"at batch {', '.join(map(str, near)) or '(none)'}. Prefill by itself is "
             f"{100 * (min(prefill) - PAPER_GAIN):.1f} to {100 * (max(prefill) - PAPER_GAIN):.1f} "
             "points above. So the paper's figure is that of a prompt with a short answer, or of "
             "decoding in a batch: ordinary workloads, but which one it was measured with is open. "

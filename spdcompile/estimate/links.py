@@ -108,6 +108,9 @@ def fitted(rows: Sequence[Timed], hop_s: float | None = None) -> Way:
     if hop_s is not None:
         columns[1] = np.zeros_like(seconds)
     matrix = np.stack(columns, 1) / seconds[:, None]
+    scale = np.abs(matrix).max(0)  # constants are of other magnitudes than their equations
+    scale[scale == 0] = 1.0
+    matrix /= scale
     target = (seconds - known * hops) / seconds
     # Few enough unknowns to try all sets of those that are not 0.
     best: tuple[float, np.ndarray] | None = None
@@ -119,5 +122,5 @@ def fitted(rows: Sequence[Timed], hop_s: float | None = None) -> Way:
             if (found >= 0).all() and (best is None or error < best[0] * (1 - 1e-9)):
                 best = error, found
     assert best is not None, "one constant alone fits positive times"
-    base, hop, per_byte = map(float, best[1])
+    base, hop, per_byte = map(float, best[1] / scale)
     return Way(base, hop + known, per_byte)
