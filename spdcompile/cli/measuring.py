@@ -27,7 +27,7 @@ def measure(arguments: argparse.Namespace) -> int:
     )
     print(
         f"{device.name}: {rates}, {device.bytes_per_s / 1e9:.1f} GB/s, "
-        f"{1e6 * device.kernel_s:.1f} us a kernel, {1e6 * device.part_s:.0f} us a block"
+        f"{1e6 * device.kernel_s:.1f} us a kernel, {1e6 * device.block_s:.0f} us a block"
     )
     for name in table["links"]:
         (way,) = machines.link(name).ways

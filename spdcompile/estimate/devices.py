@@ -41,7 +41,8 @@ class Device:
         flops: dtype -> floating-point operations per second of a large product.
         bytes_per_s: of a long stream from its memory.
         kernel_s: what every kernel takes at least.
-        part_s: what the host takes for each part of the program; 0 where it runs ahead.
+        block_s: what the host takes for each decoder layer; 0 where it runs ahead.
+        step_s: what it takes for a step besides.
         products: dtype -> measured rates of products, used in place of the roofline.
         attention: dtype -> (queries of a head, operations per second) of measured attention to as
             many keys.
@@ -53,7 +54,8 @@ class Device:
     flops: Mapping[torch.dtype, float]
     bytes_per_s: float
     kernel_s: float
-    part_s: float = 0.0
+    block_s: float = 0.0
+    step_s: float = 0.0
     products: Mapping[torch.dtype, tuple[Rate, ...]] | None = None
     attention: Mapping[torch.dtype, Sequence[Point]] | None = None
     streams: Sequence[Point] = ()

@@ -65,13 +65,14 @@ def main(argv: Sequence[str]) -> None:
         device["products"][name] = rates
         device["attention"][name] = list(_attention(getattr(torch, name)))
         device["flops"][name] = max(rate[-1] for rate in rates)
-    device["part_s"] = _part(shallow, deep, device, next(iter(links.values())))
+    rows = next(iter(links.values()))
+    device["block_s"], device["step_s"] = _host(shallow, deep, device, rows)
     if dist.get_rank() == 0:
-        rows = {
+        table = {
             name: [[row.kind.value, row.ranks, row.num_bytes, row.seconds] for row in rows]
             for name, rows in links.items()
         }
-        Path(result).write_text(json.dumps({"device": device, "links": rows}), encoding="utf-8")
+        Path(result).write_text(json.dumps({"device": device, "links": table}), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -168,7 +169,7 @@ def _small_kernel() -> float:
     return _median(lambda: [F.linear(vector, matrix) for _ in range(100)]) / 100
 
 
-# ---- what the host takes for a part
+# ---- what the host takes
 
 
 def _tiny(layers: int) -> CompiledModel:
@@ -185,19 +186,20 @@ def _tiny(layers: int) -> CompiledModel:
     return spdcompile.compile(LlamaForCausalLM(config).eval(), tp=launched_world_size())
 
 
-def _part(
+def _host(
     shallow: CompiledModel, deep: CompiledModel, device: dict[str, Any], rows: Sequence[Timed]
-) -> float:
-    """What further blocks take beyond their kernels and collectives."""
+) -> tuple[float, float]:
+    """What each block, and a step besides, takes beyond kernels and collectives."""
     link = Link("measured", (fitted(rows),))
     kernels = Device("measured", {torch.float32: 1e12}, 1e12, device["kernel_s"])
-    seconds, known = [], []
+    rest = []
     for model in (shallow, deep):
-        seconds.append(_median(_decode_step(model)))
         work = work_of(model.remembering_program, Step(1, 1, 31))
-        known.append(latency_of(work, kernels, link, model.plan.tp).total)
-    blocks = deep.plan.num_layers - shallow.plan.num_layers
-    return max(0.0, (seconds[1] - seconds[0] - known[1] + known[0]) / blocks)
+        known = latency_of(work, kernels, link, model.plan.tp).total
+        rest.append(_median(_decode_step(model)) - known)
+    less, more = shallow.plan.num_layers, deep.plan.num_layers
+    block = max(0.0, (rest[1] - rest[0]) / (more - less))
+    return block, max(0.0, rest[0] - less * block)
 
 
 def _decode_step(model: CompiledModel) -> Callable[[], object]:

@@ -59,13 +59,13 @@ class Work:
 
     Args:
         weight_bytes: of all parameters; what two parts share counts once for each.
-        parts: how many parts the program calls.
+        blocks: how many decoder layers the program calls.
     """
 
     kernels: tuple[Kernel, ...] = field(default=())
     exchanges: tuple[Exchange, ...] = field(default=())
     weight_bytes: int = 0
-    parts: int = 0
+    blocks: int = 0
 
     @property
     def flops(self) -> float:
@@ -100,7 +100,7 @@ def work_of(program: Program, step: Step) -> Work:
         tuple(counter.kernels),
         tuple(counter.exchanges),
         counter.weight_bytes,
-        len(program.parts),
+        sum(part.layer is not None for part in program.parts),
     )
 
 
