@@ -250,3 +250,8 @@ def on_compilation(begin: Callable[[Any], None], end: Callable[[Any], None]) -> 
     if begin not in callback_handler.start_callbacks:
         callback_handler.register_start_callback(begin)
         callback_handler.register_end_callback(end)
+
+
+def spin_cycles(cycles: int) -> None:
+    """Has the current CUDA stream wait for so many clock cycles."""
+    torch.cuda._sleep(cycles)

@@ -7,20 +7,18 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx
+from torch import Tensor
 
 from spdcompile.passes.base import Part, Program
 from spdcompile.runtime.cache import KVCache
-from spdcompile.runtime.collectives import lower_collectives
-from spdcompile.runtime.cpu_operators import use_cpu_operators
-from spdcompile.runtime.executor import Backend, Built, Executor, input_names, on_device
+from spdcompile.runtime.executor import Backend
 from spdcompile.runtime.job import Ranks
-from spdcompile.runtime.packing import pack_products, packed, packs_of
+from spdcompile.runtime.rank import RankExecutor
 from spdcompile.runtime.transport import Transport, collectives_of
-from spdcompile.runtime.weights import bind
+from spdcompile.runtime.weights import Weights, bind
 
 
-class DistributedExecutor(Executor):
+class DistributedExecutor(RankExecutor):
     """Runs this rank of a program; every rank of the group must call it alike.
 
     Args:
@@ -28,12 +26,10 @@ class DistributedExecutor(Executor):
         transport: what carries their tensors; what AUTO stands for is decided here.
     """
 
-    stacks_ranks = False
-
     def __init__(
         self,
         program: Program,
-        tensors: Mapping[str, Tensor],
+        tensors: Weights,
         *,
         backend: Backend,
         device: torch.device,
@@ -41,9 +37,13 @@ class DistributedExecutor(Executor):
         transport: Transport = Transport.AUTO,
     ) -> None:
         self.ranks, self.group = ranks, ranks.group
-        self.collectives = collectives_of(ranks.group, device, transport)
-        self._packs = {part.name: packs_of(program, part) for part in program.parts}
-        super().__init__(program, tensors, backend=backend, device=device)
+        super().__init__(
+            program,
+            tensors,
+            backend=backend,
+            device=device,
+            collectives=collectives_of(ranks.group, device, transport),
+        )
 
     def run(
         self, inputs: Mapping[str, Tensor], cache: KVCache | None = None, last: int = 0
@@ -66,14 +66,6 @@ class DistributedExecutor(Executor):
         ]
         self.digest = hashlib.sha256("\n".join(emitted).encode()).hexdigest()[:8]
 
-    def _bind(self, part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _bind(self, part: Part, tensors: Weights) -> dict[str, Tensor]:
         own = bind(self.program, part, tensors, self.device, dist.get_rank(self.group))
-        return packed(own, self._packs[part.name])
-
-    def _build(self, part: Part, module: fx.GraphModule) -> Built:
-        lowered = on_device(module, self.device)
-        pack_products(lowered, self._packs[part.name])
-        emitted = lower_collectives(lowered, self.collectives)
-        if self.device.type == "cpu":
-            use_cpu_operators(lowered)
-        return Built(self._compile(lowered, lowered.code), input_names(lowered), emitted)
+        return self._packed(part, own)

@@ -42,6 +42,8 @@ _HOMES = {
     "Tuned": "tuning.tuned",
     "PointClass": "tuning.tuned",
     "Latencies": "tuning.latency",
+    "estimate_latency": "estimate.estimates",
+    "Estimate": "estimate.estimates",
     "SpdCompileError": "errors",
 }
 

@@ -14,10 +14,13 @@ from spdcompile.cli import (
     bench,
     calibrate,
     distill,
+    estimate,
     evaluate,
     export_hf,
     generate,
     group_heads,
+    measure_machine,
+    replay,
     trace_and_report,
     tune,
 )
@@ -47,6 +50,24 @@ COMMANDS = (
         "say what of a model is split, synced and dropped, without its weights",
         trace_and_report.add_arguments,
         trace_and_report.run,
+    ),
+    Command(
+        "estimate",
+        "say what a step takes on devices and links that need not be here, and what a drop saves",
+        estimate.add_arguments,
+        estimate.run,
+    ),
+    Command(
+        "replay",
+        "run one rank of a model by itself, with random weights and waits in place of collectives",
+        replay.add_arguments,
+        replay.run,
+    ),
+    Command(
+        "measure-machine",
+        "measure this machine's products, streams and links, for `estimate --machine`",
+        measure_machine.add_arguments,
+        measure_machine.run,
     ),
     Command(
         "generate",

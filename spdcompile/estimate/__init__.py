@@ -1,0 +1,1 @@
+"""Latencies of programs that need not be run: counted work, and tables of machines and links."""

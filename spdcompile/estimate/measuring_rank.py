@@ -1,0 +1,271 @@
+"""One rank of `measure_machine`, started by torchrun."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import spdcompile
+from spdcompile.compiled import CompiledModel
+from spdcompile.estimate.counting import Kind
+from spdcompile.estimate.devices import Device
+from spdcompile.estimate.latency import latency_of
+from spdcompile.estimate.links import Link, Timed, fitted
+from spdcompile.estimate.work import Step, work_of
+from spdcompile.runtime.distributed import DistributedExecutor
+from spdcompile.runtime.launch import launched_world_size
+from spdcompile.runtime.shared_memory import why_not_shared
+
+_ROWS = (1, 8, 32, 128, 512)
+_WIDTHS = (256, 512, 1024, 2048)
+_SETS = tuple(2**exponent for exponent in (20, 22, 23, 24, 25, 27))
+_STREAMS = tuple(2**exponent for exponent in (14, 17, 20, 22, 23, 24, 25, 27))
+_FUSED = (64, 128, 512, 2048)
+_TOKENS = (32, 128, 512)
+_REDUCED = tuple(2**exponent for exponent in (10, 12, 14, 16, 18, 20, 22))
+_GATHERED = tuple(2**exponent for exponent in (12, 16, 20))
+_SECONDS, _MOST_ROUNDS, _FEWEST_ROUNDS = 0.15, 40, 5
+_BURST = 10  # collectives of one round, with work between them
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures everything.
+
+    Args:
+        argv: the file for the result, and dtypes separated by commas.
+    """
+    result, dtypes = argv
+    shallow, deep = (_tiny(layers) for layers in (2, 6))
+    executor = shallow.executor
+    assert isinstance(executor, DistributedExecutor), "torchrun started this"
+    links = {name: list(rows) for name, rows in _links(executor.ranks.group)}
+    device: dict[str, Any] = {
+        "flops": {},
+        "products": {},
+        "attention": {},
+        "fused": list(_fused()),
+        "streams": [[size, _stream(size)] for size in _STREAMS],
+        "kernel_s": _small_kernel(),
+    }
+    device["bytes_per_s"] = device["streams"][-1][1]
+    for name in dtypes.split(","):
+        rates = list(_products(getattr(torch, name)))
+        device["products"][name] = rates
+        device["attention"][name] = list(_attention(getattr(torch, name)))
+        device["flops"][name] = max(rate[-1] for rate in rates)
+    rows = next(iter(links.values()))
+    device["block_s"], device["step_s"] = _host(shallow, deep, device, rows)
+    if dist.get_rank() == 0:
+        table = {
+            name: [[row.kind.value, row.ranks, row.num_bytes, row.seconds] for row in rows]
+            for name, rows in links.items()
+        }
+        Path(result).write_text(json.dumps({"device": device, "links": table}), encoding="utf-8")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _median(run: Callable[[], object]) -> float:
+    """Seconds of a call, all ranks beginning together; the number of rounds is the same on all."""
+    run()
+    began = time.perf_counter()
+    run()
+    rounds = torch.tensor(_SECONDS / (time.perf_counter() - began))
+    dist.all_reduce(rounds, op=dist.ReduceOp.MIN)
+    times = []
+    for _ in range(max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(rounds)))):
+        dist.barrier()
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+# ---- the device
+
+
+def _products(dtype: torch.dtype) -> Iterator[list[float]]:
+    """[rows, bytes of a matrix, bytes of all, operations per second] of products by matrices."""
+    for width in _WIDTHS:
+        matrix = width * width * dtype.itemsize
+        for size in _SETS:
+            if size < matrix:
+                continue
+            matrices = [torch.randn(width, width, dtype=dtype) for _ in range(size // matrix)]
+            for rows in _ROWS:
+                vectors = torch.randn(rows, width, dtype=dtype)
+                seconds = _median(lambda v=vectors, m=matrices: [F.linear(v, x) for x in m])
+                yield [rows, matrix, size, 2 * rows * width**2 * len(matrices) / seconds]
+
+
+def _attention(dtype: torch.dtype) -> Iterator[list[float]]:
+    """[queries of a head, operations per second] of causal attention to as many keys."""
+    heads, width = 8, 64
+    for tokens in _TOKENS:
+        q, k, v = torch.randn(3, 1, heads, tokens, width, dtype=dtype)
+        call = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+        yield [tokens, 4 * heads * tokens**2 * width / _median(call)]
+
+
+def _fused() -> Iterator[list[float]]:
+    """[bytes, bytes per second] of what lies between a block's products, as Inductor compiles it.
+
+    Norm, rotary embedding of half the width and gated activation, in the shares that blocks have.
+    """
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+    def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.unflatten(-1, (-1, 64)).transpose(0, 1)
+        return x * cos + torch.cat([-x[..., 32:], x[..., :32]], -1) * sin
+
+    compiled = [torch.compile(each, dynamic=True) for each in (norm, gated, rotated)]
+
+    def seconds_of(tokens: int, width: int) -> tuple[float, int]:
+        x, gate, half = (torch.randn(tokens, size) for size in (width, width, width // 2))
+        angles = torch.randn(tokens, 64)
+        inputs = (x, torch.ones(width)), (gate, x), (half, angles, angles)
+
+        def calls() -> None:
+            for function, given in zip(compiled, inputs, strict=True):
+                function(*given)
+
+        moved = 2 * x.nbytes + 3 * x.nbytes + 2 * (half.nbytes + angles.nbytes)
+        return _median(calls), moved // 3
+
+    alone, _ = seconds_of(2, 128)  # what the calls take, from outside a program
+    for tokens in _FUSED:
+        seconds, moved = seconds_of(tokens, 1024)
+        yield [moved, 3 * moved / max(seconds - alone, 1e-2 * seconds)]
+
+
+def _stream(num_bytes: int) -> float:
+    """Bytes per second of a sum of two vectors; so many are read and written."""
+    left, right, out = torch.zeros(3, num_bytes // 12)
+    repeats = max(1, 2**20 // num_bytes)
+    seconds = _median(lambda: [torch.add(left, right, out=out) for _ in range(repeats)])
+    return repeats * num_bytes / seconds
+
+
+def _small_kernel() -> float:
+    """Seconds of an operator that has next to nothing to do."""
+    vector, matrix = torch.ones(1, 16), torch.ones(16, 16)
+    return _median(lambda: [F.linear(vector, matrix) for _ in range(100)]) / 100
+
+
+# ---- what the host takes
+
+
+def _tiny(layers: int) -> CompiledModel:
+    """A model with next to no work."""
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        vocab_size=128,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(0)
+    return spdcompile.compile(LlamaForCausalLM(config).eval(), tp=launched_world_size())
+
+
+def _host(
+    shallow: CompiledModel, deep: CompiledModel, device: dict[str, Any], rows: Sequence[Timed]
+) -> tuple[float, float]:
+    """What each block, and a step besides, takes beyond kernels and collectives."""
+    link = Link("measured", (fitted(rows),))
+    kernels = Device("measured", {torch.float32: 1e12}, 1e12, device["kernel_s"])
+    rest = []
+    for model in (shallow, deep):
+        work = work_of(model.remembering_program, Step(1, 1, 31))
+        known = latency_of(work, kernels, link, model.plan.tp).total
+        rest.append(_median(_decode_step(model)) - known)
+    less, more = shallow.plan.num_layers, deep.plan.num_layers
+    block = max(0.0, (rest[1] - rest[0]) / (more - less))
+    return block, max(0.0, rest[0] - less * block)
+
+
+def _decode_step(model: CompiledModel) -> Callable[[], object]:
+    cache = model.new_cache(1, 64)
+    model(torch.ones((1, 31), dtype=torch.long), past_key_values=cache)
+    lengths, token = cache.lengths, torch.ones((1, 1), dtype=torch.long)
+
+    def step() -> None:
+        model(token, past_key_values=cache)
+        cache.set_lengths(lengths)
+
+    return step
+
+
+# ---- links
+
+
+def _links(group: dist.ProcessGroup) -> Iterator[tuple[str, Iterator[Timed]]]:
+    """Name and measured collectives of each link that the ranks have."""
+    name, ranks = group.group_name, dist.get_world_size(group)
+    if not why_not_shared(group, 60):
+        shared = torch.ops.spd_shared_memory
+
+        def summed(x: Tensor) -> Tensor:
+            return shared.all_reduce(x, name)
+
+        def joined(x: Tensor) -> Tensor:
+            return shared.all_gather(x, name, ranks)
+
+        yield "shared-memory", _timed(ranks, summed, joined)
+    functional = torch.ops._c10d_functional
+
+    def reduced(x: Tensor) -> Tensor:
+        return functional.wait_tensor(functional.all_reduce(x, "sum", name))
+
+    def gathered(x: Tensor) -> Tensor:
+        return functional.wait_tensor(functional.all_gather_into_tensor(x, ranks, name))
+
+    yield "gloo", _timed(ranks, reduced, gathered)
+
+
+def _timed(
+    ranks: int, reduce: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor]
+) -> Iterator[Timed]:
+    for size in _REDUCED:
+        yield Timed(Kind.ALL_REDUCE, ranks, size, _in_turn(reduce, torch.ones(size // 4)))
+    for size in _GATHERED:
+        shard = torch.ones(size // 4 // ranks)
+        yield Timed(Kind.ALL_GATHER, ranks, size, _in_turn(gather, shard))
+
+
+def _in_turn(exchange: Callable[[Tensor], Tensor], tensor: Tensor) -> float:
+    """Seconds of a collective that comes after work, as in a program: ranks wait for each other."""
+    vectors, matrices = torch.ones(4, 512), torch.ones(8, 512, 512)
+    times = []
+    for number in range(_MOST_ROUNDS + 3):
+        taken = 0.0
+        for each in range(_BURST):
+            F.linear(vectors, matrices[each % len(matrices)])
+            began = time.perf_counter()
+            exchange(tensor)
+            taken += time.perf_counter() - began
+        if number >= 3:
+            times.append(taken / _BURST)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

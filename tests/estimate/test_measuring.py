@@ -1,0 +1,45 @@
+"""What `measure-machine` measures: everything that an estimate reads, by two real ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spdcompile.estimate import measuring
+from spdcompile.estimate.estimates import estimate_latency
+from spdcompile.estimate.machines import Machines
+from spdcompile.tuning.latency import run_ranks
+from tests.import_rules import ROOT
+from tests.models import tiny
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_measured_machine_serves_estimates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_fewer(command: list[str], timeout: float) -> None:
+        place = command.index("spdcompile.estimate.measuring_rank")
+        worker = "tests.estimate.measuring_worker"
+        run_ranks([*command[:place], worker, *command[place + 1 :]], timeout)
+
+    monkeypatch.chdir(ROOT)  # where `-m tests` is found
+    monkeypatch.setattr(measuring, "run_ranks", run_fewer)
+    table: dict[str, Any] = measuring.measure_machine(ranks=2, name="here", timeout=250)
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(table))
+    device = Machines.load(path).device("here")
+    assert device.kernel_s > 0
+    assert len(table["devices"]["here"]["products"]["float32"]) == 2
+    assert "gloo" in table["links"]
+    if sys.platform == "linux":
+        assert "shared-memory" in table["links"]
+    for link in table["links"]:
+        found = estimate_latency(
+            tiny("llama"), tp=2, device="here", link=link, prompt=8, context=8, machine=path
+        )
+        for step in found.steps:
+            assert step.plain.compute > device.block_s * 2
+            assert step.plain.exchange > 0
