@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import linear
 
 from spdcompile.log import Component, get_logger
 from spdcompile.passes.ops import ATTEND_CACHED
@@ -25,6 +27,11 @@ def use_cpu_operators(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         node.target = ours.get(node.target, node.target)
     module.recompile()
+
+
+def linear_on_cpu() -> Callable[[Tensor, Tensor], Tensor]:
+    """What multiplies x [..., k] by a weight [n, k] on a rank."""
+    return torch.ops.spd_cpu.linear.default if _are_built() else linear
 
 
 @cache

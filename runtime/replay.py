@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -37,8 +38,10 @@ class ReplayExecutor(RankExecutor):
 
     def _load(self, tensors: Weights) -> None:
         self.tensors = tensors
-        self._drawn: dict[object, Tensor] = {}
-        self.params = {part.name: self._bind(part, tensors) for part in self.program.parts}
+        parts = self.program.parts
+        self._uses = Counter(ref.fqn for part in parts for ref in part.params.values())
+        self._shared: dict[object, Tensor] = {}
+        self.params = {part.name: self._bind(part, tensors) for part in parts}
 
     def _bind(self, part: Part, tensors: Weights) -> dict[str, Tensor]:
         drawn = {
@@ -50,9 +53,12 @@ class ReplayExecutor(RankExecutor):
         """A parameter; one tensor for what several share, as real weights are."""
         split = None if spec is None else (spec.dim, spec.index.tobytes())
         key = (ref.fqn, ref.transposed, split)
-        if key not in self._drawn:
-            self._drawn[key] = nn.Parameter(self._drawn_anew(ref, spec), requires_grad=False)
-        return self._drawn[key]
+        if key in self._shared:
+            return self._shared[key]
+        drawn = nn.Parameter(self._drawn_anew(ref, spec), requires_grad=False)
+        if self._uses[ref.fqn] > 1:
+            self._shared[key] = drawn
+        return drawn
 
     def _drawn_anew(self, ref: ParamRef, spec: ShardSpec | None) -> Tensor:
         constant = self.program.constants[ref.fqn] if ref.constant else None

@@ -24,11 +24,12 @@ from spdcompile.estimate.devices import Device
 from spdcompile.estimate.latency import latency_of
 from spdcompile.estimate.links import Link, Timed, fitted
 from spdcompile.estimate.work import Step, work_of
+from spdcompile.runtime.cpu_operators import linear_on_cpu
 from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.launch import launched_world_size
 from spdcompile.runtime.shared_memory import why_not_shared
 
-_ROWS = (1, 8, 32, 128, 512)
+_ROWS = (1, 4, 8, 32, 128, 512)
 _WIDTHS = (256, 512, 1024, 2048)
 _SETS = tuple(2**exponent for exponent in (20, 22, 23, 24, 25, 27))
 _STREAMS = tuple(2**exponent for exponent in (14, 17, 20, 22, 23, 24, 25, 27))
@@ -98,6 +99,7 @@ def _median(run: Callable[[], object]) -> float:
 
 def _products(dtype: torch.dtype) -> Iterator[list[float]]:
     """[rows, bytes of a matrix, bytes of all, operations per second] of products by matrices."""
+    multiply = linear_on_cpu()
     for width in _WIDTHS:
         matrix = width * width * dtype.itemsize
         for size in _SETS:
@@ -106,7 +108,7 @@ def _products(dtype: torch.dtype) -> Iterator[list[float]]:
             matrices = [torch.randn(width, width, dtype=dtype) for _ in range(size // matrix)]
             for rows in _ROWS:
                 vectors = torch.randn(rows, width, dtype=dtype)
-                seconds = _median(lambda v=vectors, m=matrices: [F.linear(v, x) for x in m])
+                seconds = _median(lambda v=vectors, m=matrices: [multiply(v, x) for x in m])
                 yield [rows, matrix, size, 2 * rows * width**2 * len(matrices) / seconds]
 
 

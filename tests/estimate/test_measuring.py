@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from spdcompile.estimate import measuring
 from spdcompile.estimate.estimates import estimate_latency
 from spdcompile.estimate.machines import Machines
-from spdcompile.tuning.latency import run_ranks
+from spdcompile.measuring import run_ranks
 from tests.import_rules import ROOT
 from tests.models import tiny
 
@@ -20,10 +21,9 @@ from tests.models import tiny
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_measured_machine_serves_estimates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run_fewer(command: list[str], timeout: float) -> None:
-        place = command.index("spdcompile.estimate.measuring_rank")
-        worker = "tests.estimate.measuring_worker"
-        run_ranks([*command[:place], worker, *command[place + 1 :]], timeout)
+    def run_fewer(module: str, arguments: Sequence[str], **settings: Any) -> None:
+        assert module == "spdcompile.estimate.measuring_rank"
+        run_ranks("tests.estimate.measuring_worker", arguments, **settings)
 
     monkeypatch.chdir(ROOT)  # where `-m tests` is found
     monkeypatch.setattr(measuring, "run_ranks", run_fewer)
