@@ -63,7 +63,7 @@ test-harness: $(VENV)/.installed-harness
 	$(HARNESS)/bin/python -m pytest -n 2 --dist loadfile tests/harness $(ARGS)
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m spdcompile.cli bench examples/configs/bench-llama --tp 2 --spd-mask all \
+	$(BIN)/python -m spdcompile.cli bench examples/models/bench-llama --tp 2 --spd-mask all \
 	  --out out/bench $(ARGS)
 
 zoo: $(VENV)/.installed

@@ -19,7 +19,7 @@ _FIGURES: Mapping[str, Callable[[Row], str]] = {
     "p90 ms": lambda row: _ms(row.p90),
     "ratio": lambda row: _NONE if row.ratio is None else f"{row.ratio:.2f}",
     "tokens/s": lambda row: f"{row.tokens_per_second:.4g}",
-    "error": lambda row: _NONE if row.error is None else f"{row.error:.0e}",
+    "error": lambda row: _NONE if row.error is None else f"{row.error:.1e}",
     "compile s": lambda row: f"{row.compile:.1f}",
 }
 
