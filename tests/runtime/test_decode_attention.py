@@ -13,7 +13,6 @@ from torch import Tensor
 import spdcompile.runtime.cached_attention  # noqa: F401  (gives the operators their kernels)
 from spdcompile.passes.ops import ATTEND_CACHED
 from spdcompile.runtime import native
-from tests.compare import rel_err
 
 SLOTS = 37
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 1.5e-2}
@@ -90,7 +89,9 @@ def cases(draw: st.DrawFn) -> Case:
 def test_one_token_attends_as_before(case: Case) -> None:
     (out, *caches), (expected, *others) = case.both()
     assert out.shape == expected.shape and out.dtype == case.dtype
-    assert rel_err(out.double(), expected.double()) < BOUNDS[case.dtype]
+    # A result is a mean of values, and may be far smaller than they are.
+    largest = max(float(values.abs().max()) for values in (case.operands()[2], case.operands()[4]))
+    assert float((out.double() - expected.double()).abs().max()) < BOUNDS[case.dtype] * largest
     assert all(torch.equal(a, b) for a, b in zip(caches, others, strict=True))
 
 

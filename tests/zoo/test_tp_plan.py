@@ -102,7 +102,11 @@ def test_compiler_does_not_follow_the_plan() -> None:
 
 @pytest.mark.parametrize("folder", ["passes", "runtime", "spdcompile"])
 def test_compiler_never_reads_a_plan(folder: str) -> None:
-    sources = [path for path in (ROOT / folder).rglob("*.py")]
+    sources = [
+        path
+        for path in (ROOT / folder).rglob("*.py")
+        if "bench" not in path.parts  # which runs Hugging Face's tensor parallelism beside ours
+    ]
     assert sources
     assert not [path for path in sources if "tp_plan" in path.read_text(encoding="utf-8")]
 
