@@ -36,12 +36,12 @@ def verify(program: Program, invariants: frozenset[Invariant]) -> None:
                 )
 
 
-def count_sync_nodes(graph_module: fx.GraphModule, target: object = SYNC) -> int:
-    """How many nodes call `target`, in a graph and in all graphs nested in it."""
+def count_sync_nodes(graph_module: fx.GraphModule) -> int:
+    """How many sync points there are, in a graph and in all graphs nested in it."""
     count = 0
     for module in graph_module.modules():
         if isinstance(module, fx.GraphModule):
-            count += sum(node.target is target for node in module.graph.nodes)
+            count += sum(node.target is SYNC for node in module.graph.nodes)
     return count
 
 

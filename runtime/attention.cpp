@@ -164,7 +164,8 @@ Tensor attend_cached(
     const std::optional<Tensor>& sinks, double scale, bool causal, int64_t window, double softcap,
     int64_t chunk) {
   const bool no_sinks = !sinks.has_value() || !sinks->defined();
-  if (no_sinks && is_simple(q, k, v, k_cache, v_cache, valid, start, {causal, window, softcap, chunk})) {
+  const Limits limits{causal, window, softcap, chunk};
+  if (no_sinks && is_simple(q, k, v, k_cache, v_cache, valid, start, limits)) {
     return q.scalar_type() == at::kFloat
         ? attend<float>(q, k, v, k_cache, v_cache, valid, start, scale, causal)
         : attend<at::BFloat16>(q, k, v, k_cache, v_cache, valid, start, scale, causal);

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from spdcompile.passes.base import Part
-from spdcompile.passes.ops import SYNC
 from spdcompile.passes.placement.types import R
 from spdcompile.passes.verify import count_sync_nodes
 from spdcompile.runtime.convolution import CONVOLUTION_REPLACEMENTS
@@ -39,7 +38,7 @@ class LocalExecutor(Executor):
         if any(dim is not None for dim in in_dims):
             mapped = _calling(_Ranks(lowered, in_dims, out_dims), module)
         text = f"{lowered.code}\n{in_dims} {out_dims}"
-        emitted = count_sync_nodes(lowered, SYNC)
+        emitted = count_sync_nodes(lowered)
         return Built(self._compile(mapped, text), input_names(module), emitted)
 
 

@@ -1,8 +1,7 @@
 // Products of few rows with a large weight, as one sequence's next token needs them.
 //
 // Such a product reads every weight once and does little with it, so what counts is how fast memory
-// is read: one row of the weight after the other, in the order in which they lie there. Whoever
-// blocks over rows, as products of many rows must, reads several streams at once and half as fast.
+// is read: one row of the weight after the other, in the order in which they lie there.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
