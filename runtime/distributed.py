@@ -15,7 +15,7 @@ from spdcompile.runtime.executor import Backend
 from spdcompile.runtime.job import Ranks
 from spdcompile.runtime.rank import RankExecutor
 from spdcompile.runtime.transport import Transport, collectives_of
-from spdcompile.runtime.weights import Weights, bind
+from spdcompile.runtime.weights import Weights, bind_each
 
 
 class DistributedExecutor(RankExecutor):
@@ -67,5 +67,5 @@ class DistributedExecutor(RankExecutor):
         self.digest = hashlib.sha256("\n".join(emitted).encode()).hexdigest()[:8]
 
     def _bind(self, part: Part, tensors: Weights) -> dict[str, Tensor]:
-        own = bind(self.program, part, tensors, self.device, dist.get_rank(self.group))
-        return self._packed(part, own)
+        rank = dist.get_rank(self.group)
+        return self._packed(part, bind_each(self.program, part, tensors, self.device, rank))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from spdcompile.passes.base import Part, Program
+from spdcompile.runtime import pages
 
 _ATEN = torch.ops.aten
 _LINEAR = _ATEN.linear.default
@@ -65,13 +66,29 @@ def _rows(part: Part, name: str) -> int:
     return spec.index.shape[1] if spec and spec.dim == 0 else part.params[name].shape[0]
 
 
-def packed(params: Mapping[str, Tensor], packs: tuple[Pack, ...]) -> dict[str, Tensor]:
-    """The parameters of a part with packs in place of their members."""
-    left = dict(params)
+def packed(params: Iterable[tuple[str, Tensor]], packs: tuple[Pack, ...]) -> dict[str, Tensor]:
+    """The parameters of a part with packs in place of their members.
+
+    Args:
+        params: each is copied before the next one is asked for, so that a part that is read from
+            files is never in memory twice.
+    """
+    rows: dict[str, tuple[Pack, int, int]] = {}
     for pack in packs:
-        whole = torch.cat([left.pop(name) for name in pack.members])
-        left[pack.name] = torch.nn.Parameter(whole, requires_grad=False)
-    return left
+        starts = accumulate(pack.sizes[:-1], initial=0)
+        for member, start, size in zip(pack.members, starts, pack.sizes, strict=True):
+            rows[member] = (pack, start, size)
+    made: dict[str, Tensor] = {}
+    for name, tensor in params:
+        if name not in rows:
+            made[name] = tensor
+            continue
+        pack, start, size = rows[name]
+        if pack.name not in made:
+            whole = pages.empty((sum(pack.sizes), *tensor.shape[1:]), tensor.dtype, tensor.device)
+            made[pack.name] = torch.nn.Parameter(whole, requires_grad=False)
+        made[pack.name].narrow(0, start, size).copy_(tensor)
+    return made
 
 
 def pack_products(module: fx.GraphModule, packs: tuple[Pack, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx
@@ -37,7 +37,7 @@ class RankExecutor(Executor):
         self._packs = {part.name: packs_of(program, part) for part in program.parts}
         super().__init__(program, tensors, backend=backend, device=device)
 
-    def _packed(self, part: Part, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _packed(self, part: Part, params: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """The parameters of a part as its function takes them."""
         return packed(params, self._packs[part.name])
 

@@ -44,9 +44,10 @@ class ReplayExecutor(RankExecutor):
         self.params = {part.name: self._bind(part, tensors) for part in parts}
 
     def _bind(self, part: Part, tensors: Weights) -> dict[str, Tensor]:
-        drawn = {
-            name: self._drawn_once(ref, part.shards.get(name)) for name, ref in part.params.items()
-        }
+        drawn = (
+            (name, self._drawn_once(ref, part.shards.get(name)))
+            for name, ref in part.params.items()
+        )
         return self._packed(part, drawn)
 
     def _drawn_once(self, ref: ParamRef, spec: ShardSpec | None) -> Tensor:

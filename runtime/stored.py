@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spdcompile.errors import CheckpointError
+from spdcompile.runtime import pages
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +43,7 @@ class Stored(ABC):
         Raises:
             CheckpointError: the file has fewer bytes than its header says.
         """
-        out = torch.empty(self.shape, dtype=dtype)
+        out = pages.empty(self.shape, dtype)
         self.fill(out, (0,) * len(self.shape))
         return out
 
@@ -62,7 +63,7 @@ class Stored(ABC):
             inverse[index >= 0] = back
             return _pick(self.take(dim, unique, dtype), dim, inverse)
         shape = (*self.shape[:dim], len(index), *self.shape[dim + 1 :])
-        out = torch.empty(shape, dtype=dtype)
+        out = pages.empty(shape, dtype)
         for local, first, length in _runs(index):
             piece = out.narrow(dim, local, length)
             if first < 0:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from spdcompile.errors import CheckpointError, UsageError
 from spdcompile.passes.base import ParamRef, Part, Program
 from spdcompile.passes.layout import ShardSpec
+from spdcompile.runtime import pages
 from spdcompile.runtime.stored import Kept, Stored
 
 Weights = Mapping[str, Tensor | Stored]
@@ -123,7 +124,17 @@ def bind(
     Raises:
         CheckpointError: what was read from a file is not finite.
     """
-    bound = {}
+    return dict(bind_each(program, part, tensors, device, rank))
+
+
+def bind_each(
+    program: Program,
+    part: Part,
+    tensors: Weights,
+    device: torch.device,
+    rank: int | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """What `bind` gives, one parameter read after the other."""
     for name, ref in part.params.items():
         source = program.constants[ref.fqn] if ref.constant else tensors[ref.fqn]
         spec = part.shards.get(name)
@@ -131,10 +142,10 @@ def bind(
             local = _read(source, ref, spec, rank)
         else:
             local = _cut(source.t() if ref.transposed else source, spec, rank)
+            if spec is not None:  # else it shares the model's memory
+                local = pages.settled(local)
         # torch.compile takes the sizes of a Parameter, and of nothing else, for constants.
-        local = local.to(device).contiguous()
-        bound[name] = torch.nn.Parameter(local, requires_grad=False)
-    return bound
+        yield name, torch.nn.Parameter(local.to(device).contiguous(), requires_grad=False)
 
 
 def bind_stacked(part: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -165,7 +176,7 @@ def _read(stored: Stored, ref: ParamRef, spec: ShardSpec | None, rank: int | Non
     dim = 1 - spec.dim if ref.transposed else spec.dim
     local = stored.take(dim, spec.index[rank], ref.dtype)
     check_finite(local, stored.place)
-    return local.t() if ref.transposed else local
+    return pages.settled(local.t()) if ref.transposed else local
 
 
 def check_finite(tensor: Tensor, place: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +18,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import spdcompile
 from spdcompile.compiled import CompiledModel
-from spdcompile.estimate.counting import Kind
 from spdcompile.estimate.devices import Device
 from spdcompile.estimate.latency import latency_of
 from spdcompile.estimate.links import Link, Timed, fitted
+from spdcompile.estimate.measuring_links import timed, trials_of
 from spdcompile.estimate.work import Step, work_of
+from spdcompile.runtime import pages
 from spdcompile.runtime.cpu_operators import linear_on_cpu
 from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.launch import launched_world_size
-from spdcompile.runtime.shared_memory import why_not_shared
 
 _ROWS = (1, 4, 8, 32, 128, 512)
 _WIDTHS = (256, 512, 1024, 2048)
@@ -35,10 +34,9 @@ _SETS = tuple(2**exponent for exponent in (20, 22, 23, 24, 25, 27))
 _STREAMS = tuple(2**exponent for exponent in (14, 17, 20, 22, 23, 24, 25, 27))
 _FUSED = (64, 128, 512, 2048)
 _TOKENS = (32, 128, 512)
-_REDUCED = tuple(2**exponent for exponent in (10, 12, 14, 16, 18, 20, 22))
-_GATHERED = tuple(2**exponent for exponent in (12, 16, 20))
+_LINK_ROUNDS = 40
+_STEPS = 5  # in a row, so that what ranks wait for each other at a barrier counts little
 _SECONDS, _MOST_ROUNDS, _FEWEST_ROUNDS = 0.15, 40, 5
-_BURST = 10  # collectives of one round, with work between them
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,7 +49,8 @@ def main(argv: Sequence[str]) -> None:
     shallow, deep = (_tiny(layers) for layers in (2, 6))
     executor = shallow.executor
     assert isinstance(executor, DistributedExecutor), "torchrun started this"
-    links = {name: list(rows) for name, rows in _links(executor.ranks.group)}
+    group = executor.ranks.group
+    links = timed(trials_of(group), dist.get_world_size(group), _LINK_ROUNDS)
     device: dict[str, Any] = {
         "flops": {},
         "products": {},
@@ -78,8 +77,12 @@ def main(argv: Sequence[str]) -> None:
     dist.destroy_process_group()
 
 
-def _median(run: Callable[[], object]) -> float:
-    """Seconds of a call, all ranks beginning together; the number of rounds is the same on all."""
+def _seconds(run: Callable[[], object]) -> float:
+    """Seconds of a call that all ranks begin together, up to when the last one has ended.
+
+    The slowest rank counts, since the others wait for it at the next collective; of all rounds,
+    the median.
+    """
     run()
     began = time.perf_counter()
     run()
@@ -91,7 +94,9 @@ def _median(run: Callable[[], object]) -> float:
         began = time.perf_counter()
         run()
         times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    slowest = torch.tensor(times, dtype=torch.float64)
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return float(slowest.quantile(0.5))
 
 
 # ---- the device
@@ -105,10 +110,12 @@ def _products(dtype: torch.dtype) -> Iterator[list[float]]:
         for size in _SETS:
             if size < matrix:
                 continue
-            matrices = [torch.randn(width, width, dtype=dtype) for _ in range(size // matrix)]
+            matrices = [
+                pages.settled(torch.randn(width, width, dtype=dtype)) for _ in range(size // matrix)
+            ]
             for rows in _ROWS:
                 vectors = torch.randn(rows, width, dtype=dtype)
-                seconds = _median(lambda v=vectors, m=matrices: [multiply(v, x) for x in m])
+                seconds = _seconds(lambda v=vectors, m=matrices: [multiply(v, x) for x in m])
                 yield [rows, matrix, size, 2 * rows * width**2 * len(matrices) / seconds]
 
 
@@ -118,7 +125,7 @@ def _attention(dtype: torch.dtype) -> Iterator[list[float]]:
     for tokens in _TOKENS:
         q, k, v = torch.randn(3, 1, heads, tokens, width, dtype=dtype)
         call = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
-        yield [tokens, 4 * heads * tokens**2 * width / _median(call)]
+        yield [tokens, 4 * heads * tokens**2 * width / _seconds(call)]
 
 
 def _fused() -> Iterator[list[float]]:
@@ -149,7 +156,7 @@ def _fused() -> Iterator[list[float]]:
                 function(*given)
 
         moved = 2 * x.nbytes + 3 * x.nbytes + 2 * (half.nbytes + angles.nbytes)
-        return _median(calls), moved // 3
+        return _seconds(calls), moved // 3
 
     alone, _ = seconds_of(2, 128)  # what the calls take, from outside a program
     for tokens in _FUSED:
@@ -161,14 +168,14 @@ def _stream(num_bytes: int) -> float:
     """Bytes per second of a sum of two vectors; so many are read and written."""
     left, right, out = torch.zeros(3, num_bytes // 12)
     repeats = max(1, 2**20 // num_bytes)
-    seconds = _median(lambda: [torch.add(left, right, out=out) for _ in range(repeats)])
+    seconds = _seconds(lambda: [torch.add(left, right, out=out) for _ in range(repeats)])
     return repeats * num_bytes / seconds
 
 
 def _small_kernel() -> float:
     """Seconds of an operator that has next to nothing to do."""
     vector, matrix = torch.ones(1, 16), torch.ones(16, 16)
-    return _median(lambda: [F.linear(vector, matrix) for _ in range(100)]) / 100
+    return _seconds(lambda: [F.linear(vector, matrix) for _ in range(100)]) / 100
 
 
 # ---- what the host takes
@@ -198,75 +205,23 @@ def _host(
     for model in (shallow, deep):
         work = work_of(model.remembering_program, Step(1, 1, 31))
         known = latency_of(work, kernels, link, model.plan.tp).total
-        rest.append(_median(_decode_step(model)) - known)
+        rest.append(_seconds(_decode_steps(model)) / _STEPS - known)
     less, more = shallow.plan.num_layers, deep.plan.num_layers
     block = max(0.0, (rest[1] - rest[0]) / (more - less))
     return block, max(0.0, rest[0] - less * block)
 
 
-def _decode_step(model: CompiledModel) -> Callable[[], object]:
+def _decode_steps(model: CompiledModel) -> Callable[[], object]:
     cache = model.new_cache(1, 64)
     model(torch.ones((1, 31), dtype=torch.long), past_key_values=cache)
     lengths, token = cache.lengths, torch.ones((1, 1), dtype=torch.long)
 
-    def step() -> None:
-        model(token, past_key_values=cache)
-        cache.set_lengths(lengths)
+    def steps() -> None:
+        for _ in range(_STEPS):
+            model(token, past_key_values=cache)
+            cache.set_lengths(lengths)
 
-    return step
-
-
-# ---- links
-
-
-def _links(group: dist.ProcessGroup) -> Iterator[tuple[str, Iterator[Timed]]]:
-    """Name and measured collectives of each link that the ranks have."""
-    name, ranks = group.group_name, dist.get_world_size(group)
-    if not why_not_shared(group, 60):
-        shared = torch.ops.spd_shared_memory
-
-        def summed(x: Tensor) -> Tensor:
-            return shared.all_reduce(x, name)
-
-        def joined(x: Tensor) -> Tensor:
-            return shared.all_gather(x, name, ranks)
-
-        yield "shared-memory", _timed(ranks, summed, joined)
-    functional = torch.ops._c10d_functional
-
-    def reduced(x: Tensor) -> Tensor:
-        return functional.wait_tensor(functional.all_reduce(x, "sum", name))
-
-    def gathered(x: Tensor) -> Tensor:
-        return functional.wait_tensor(functional.all_gather_into_tensor(x, ranks, name))
-
-    yield "gloo", _timed(ranks, reduced, gathered)
-
-
-def _timed(
-    ranks: int, reduce: Callable[[Tensor], Tensor], gather: Callable[[Tensor], Tensor]
-) -> Iterator[Timed]:
-    for size in _REDUCED:
-        yield Timed(Kind.ALL_REDUCE, ranks, size, _in_turn(reduce, torch.ones(size // 4)))
-    for size in _GATHERED:
-        shard = torch.ones(size // 4 // ranks)
-        yield Timed(Kind.ALL_GATHER, ranks, size, _in_turn(gather, shard))
-
-
-def _in_turn(exchange: Callable[[Tensor], Tensor], tensor: Tensor) -> float:
-    """Seconds of a collective that comes after work, as in a program: ranks wait for each other."""
-    vectors, matrices = torch.ones(4, 512), torch.ones(8, 512, 512)
-    times = []
-    for number in range(_MOST_ROUNDS + 3):
-        taken = 0.0
-        for each in range(_BURST):
-            F.linear(vectors, matrices[each % len(matrices)])
-            began = time.perf_counter()
-            exchange(tensor)
-            taken += time.perf_counter() - began
-        if number >= 3:
-            times.append(taken / _BURST)
-    return statistics.median(times)
+    return steps
 
 
 if __name__ == "__main__":

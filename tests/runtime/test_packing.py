@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, fx
@@ -86,8 +89,9 @@ def test_packed_block_equals_the_block(family: str) -> None:
     for rank in range(TP):
         params = bind(program, part, tensors, torch.device("cpu"), rank)
         expected = run(module, part, params)
-        for found, own in zip(run(rewritten, part, packed(params, packs)), expected, strict=True):
-            assert rel_err(found, own) < 1e-13
+        found = run(rewritten, part, packed(params.items(), packs))
+        for joint, own in zip(found, expected, strict=True):
+            assert rel_err(joint, own) < 1e-13
 
 
 def test_parted_products_read_their_rows() -> None:
@@ -103,7 +107,7 @@ def test_parted_products_read_their_rows() -> None:
     rewritten = copied(module)
     pack_products(rewritten, packs)
     params = bind(program, part, tensors, torch.device("cpu"), 1)
-    found, expected = run(rewritten, part, packed(params, packs)), run(module, part, params)
+    found, expected = run(rewritten, part, packed(params.items(), packs)), run(module, part, params)
     assert all(rel_err(a, b) < 1e-13 for a, b in zip(found, expected, strict=True))
 
 
@@ -122,7 +126,24 @@ def test_parameters_of_other_dtypes_or_uses_are_left_alone() -> None:
 
 def test_pack_is_one_tensor_in_the_order_of_its_members() -> None:
     pack = Pack("both", ("a", "b"), (2, 1))
-    given = {"a": torch.ones(2, 3), "other": torch.ones(1), "b": torch.zeros(1, 3)}
-    found = packed(given, (pack,))
-    assert set(found) == {"other", "both"} and set(given) == {"a", "b", "other"}
+    given = {"b": torch.zeros(1, 3), "a": torch.ones(2, 3), "other": torch.ones(1)}
+    found = packed(given.items(), (pack,))
+    assert set(found) == {"other", "both"}
     assert torch.equal(found["both"], torch.tensor([[1.0], [1], [0]]).expand(3, 3))
+
+
+def test_members_are_read_one_at_a_time() -> None:
+    """What a rank holds while it loads is its share and little more."""
+    read: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def reading() -> Iterator[tuple[str, Tensor]]:
+        for name in "abcd":
+            alive.append(sum(tensor() is not None for tensor in read))
+            tensor = torch.ones(1, 3)
+            read.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    packed(reading(), (Pack("all", tuple("abcd"), (1, 1, 1, 1)),))
+    assert max(alive) == 1

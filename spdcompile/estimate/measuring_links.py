@@ -1,0 +1,94 @@
+"""What collectives take between the ranks that are here, each as a program runs it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from spdcompile.estimate.counting import Kind
+from spdcompile.estimate.links import Timed
+from spdcompile.runtime.faults import PATIENCE_S
+from spdcompile.runtime.shared_memory import why_not_shared
+from spdcompile.runtime.transport import Transport, collectives_of
+
+LINKS = {"shared-memory": Transport.SHARED_MEMORY, "gloo": Transport.PROCESS_GROUP}
+"""Names of links between ranks of one host, and how to ask for them."""
+_REDUCED = tuple(2**exponent for exponent in (10, 12, 14, 16, 18, 20, 22))
+_GATHERED = tuple(2**exponent for exponent in (12, 16, 20))
+_BURST = 10  # collectives in a row, with work between them
+_UNCOUNTED = 3  # first rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A collective to be measured.
+
+    Args:
+        num_bytes: of its result, on each rank.
+    """
+
+    kind: Kind
+    num_bytes: int
+    run: Callable[[], object]
+
+
+def trials_of(group: dist.ProcessGroup) -> dict[str, list[Trial]]:
+    """Collectives of several sizes through each link that the ranks have, by the link's name."""
+    ranks, found = dist.get_world_size(group), {}
+    for name, transport in LINKS.items():
+        if transport is Transport.SHARED_MEMORY and why_not_shared(group, PATIENCE_S):
+            continue
+        collectives = collectives_of(group, torch.device("cpu"), transport)
+        reduce, gather = _calling(collectives.all_reduce), _calling(collectives.all_gather)
+        found[name] = [
+            *(Trial(Kind.ALL_REDUCE, n, partial(reduce, torch.ones(n // 4))) for n in _REDUCED),
+            *(
+                Trial(Kind.ALL_GATHER, n, partial(gather, torch.ones(n // 4 // ranks)))
+                for n in _GATHERED
+            ),
+        ]
+    return found
+
+
+def _calling(emit: Callable[[fx.Graph, fx.Node], fx.Node]) -> Callable[[Tensor], Tensor]:
+    """What a collective becomes in a graph, by itself."""
+    graph = fx.Graph()
+    graph.output(emit(graph, graph.placeholder("tensor")))
+    return fx.GraphModule({}, graph)
+
+
+def timed(trials: Mapping[str, Sequence[Trial]], ranks: int, rounds: int) -> dict[str, list[Timed]]:
+    """What each collective takes, in the median of all rounds; all ranks call this together."""
+    return {
+        name: [
+            Timed(trial.kind, ranks, trial.num_bytes, statistics.median(times))
+            for trial in each
+            for times in [[burst(trial) for _ in range(rounds + _UNCOUNTED)][_UNCOUNTED:]]
+        ]
+        for name, each in trials.items()
+    }
+
+
+def burst(trial: Trial) -> float:
+    """Seconds of a collective that comes after work, as in a program: ranks wait for each other."""
+    vectors, matrices = _other_work()
+    taken = 0.0
+    for number in range(_BURST):
+        F.linear(vectors, matrices[number % len(matrices)])
+        began = time.perf_counter()
+        trial.run()
+        taken += time.perf_counter() - began
+    return taken / _BURST
+
+
+@cache
+def _other_work() -> tuple[Tensor, Tensor]:
+    return torch.ones(4, 512), torch.ones(8, 512, 512)
