@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -73,7 +74,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="name of the device in it")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
-    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    parser.add_argument("--json", type=Path, help="file to write what is found to")
     args = parser.parse_args()
     machines = Machines.load(args.machine)
     rows = [row for width in args.widths for row in compare(width, machines, args)]
@@ -84,7 +85,12 @@ def main() -> int:
         return 0  # torchrun would end the first rank while it writes
     print(report(rows))
     if args.json:
-        data = [{**asdict(row), "errors": row.errors} for row in rows]
+        (source,) = machines.device(args.device).sources
+        data = {
+            "machine": f"Constants {source}; steps on {date.today()}, {args.rounds} rounds.",
+            "rows": [{**asdict(row), "errors": row.errors} for row in rows],
+            "report": report(rows),
+        }
         args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return 0 if all(abs(row.errors[1]) <= BOUND for row in rows) else 1
 

@@ -1,0 +1,72 @@
+"""Measures how fast weights are read from large pages and from small ones, by all ranks at once.
+
+    torchrun --standalone --nproc-per-node 2 examples/measure_pages.py [--mb 64]
+
+What is timed is the product of one row with a weight larger than caches, as a next token needs it:
+the package's own and torch's. Rounds take the four in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tabulate import tabulate
+
+from spdcompile.runtime import pages
+from spdcompile.runtime.cpu_operators import linear_on_cpu
+
+WIDTH = 1024
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mb", type=int, default=64, help="of a weight")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    dtype = getattr(torch, args.dtype)
+    x = torch.randn(1, WIDTH, dtype=dtype)
+    small = torch.randn(args.mb * 10**6 // WIDTH // dtype.itemsize, WIDTH).to(dtype)
+    weights = {"small pages": small, "large pages": pages.settled(small)}
+    products = {"our product": linear_on_cpu(), "torch's": F.linear}
+    times: dict[tuple[str, str], list[float]] = {(p, w): [] for p in products for w in weights}
+    for _ in range(args.rounds):
+        for product, weight in times:
+            dist.barrier()
+            began = time.perf_counter()
+            products[product](x, weights[weight])
+            times[product, weight].append(time.perf_counter() - began)
+    if dist.get_rank() == 0:
+        rows = [
+            (*key, *(f"{small.nbytes / _quantile(taken, q) / 1e9:.1f}" for q in (0.1, 0.5)))
+            for key, taken in times.items()
+        ]
+        headers = (f"{args.mb} MB, {args.dtype}", "memory", "GB/s a rank: p10", "median")
+        print(tabulate(rows, headers, tablefmt="pipe", disable_numparse=True))
+        setting = SETTING.read_text().strip() if SETTING.exists() else "unknown"
+        print(
+            f"\n{dist.get_world_size()} ranks at once, one thread each; large pages are set to "
+            f"{setting!r}; {platform.machine()}, {os.cpu_count()} cores, torch "
+            f"{torch.__version__}, {date.today()}"
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _quantile(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
+if __name__ == "__main__":
+    main()
