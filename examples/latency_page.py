@@ -136,8 +136,8 @@ def _validation() -> str:
         return f"{title}\n\nNot measured yet: {command}"
     found = json.loads(file.read_text(encoding="utf-8"))
     text = (
-        "Constants are measured first, then steps, in rows of five as in a generation. *Then*: with "
-        "collectives as long as they were in the same rounds, since between processes on one "
+        "Constants are measured first, then steps, in rows of five as in a generation. *Then*: "
+        "with collectives as long as they were in the same rounds, since between processes of one "
         "machine gloo's change from minute to minute."
     )
     return f"{title}\n\n{command}\n\n{text}\n\n{found['report']}\n\n{found['machine']}"

@@ -1,10 +1,14 @@
 // Products of few rows with a large weight, as one sequence's next token needs them.
 //
 // Such a product reads every weight once and does little with it, so what counts is how fast memory
-// is read: one row of the weight after the other, in the order in which they lie there.
+// is read: one row of the weight after the other, in the order in which they lie there. Products of
+// more rows are a library's.
 
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
@@ -12,6 +16,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <string_view>
 
 #include "vectors.h"
 
@@ -88,6 +93,39 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const at::Tens
   return out;
 }
 
+using OneDnn = at::Tensor(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    std::string_view after, c10::List<std::optional<at::Scalar>> scalars,
+    std::optional<std::string_view> algorithm);
+
+// oneDNN's product as torch exposes it, if this torch has it under that name and signature.
+const std::optional<c10::TypedOperatorHandle<OneDnn>>& one_dnn() {
+  static const auto found = []() -> std::optional<c10::TypedOperatorHandle<OneDnn>> {
+    const auto handle = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+    if (!handle.has_value()) {
+      return std::nullopt;
+    }
+    try {
+      return handle->typed<OneDnn>();
+    } catch (const c10::Error&) {
+      return std::nullopt;
+    }
+  }();
+  return found;
+}
+
+// More rows than those above. In float32 torch multiplies with the BLAS that it was built with, which
+// is not the fastest on every processor; in bfloat16 it takes oneDNN itself.
+at::Tensor of_many_rows(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  if (one_dnn().has_value() && at::globalContext().userEnabledMkldnn()) {
+    const c10::List<std::optional<at::Scalar>> nothing;
+    const auto product = one_dnn()->call(x.contiguous(), weight, bias, "none", nothing, std::nullopt);
+    return product.contiguous();
+  }
+  return at::linear(x, weight, bias).contiguous();
+}
+
 // x [..., k], weight [n, k], bias [n] -> [..., n], contiguous.
 at::Tensor linear(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
@@ -98,8 +136,8 @@ at::Tensor linear(
       x.dim() > 0 && x.size(-1) == size &&
       (offset == nullptr || (offset->is_contiguous() && offset->scalar_type() == type));
   if (plain && rows >= 1) {
-    if (type == at::kFloat && rows <= kMostRows) {
-      return product<float>(x, weight, offset);
+    if (type == at::kFloat) {
+      return rows <= kMostRows ? product<float>(x, weight, offset) : of_many_rows(x, weight, bias);
     }
     if (type == at::kBFloat16 && rows <= kMostNarrowRows) {
       return product<at::BFloat16>(x, weight, offset);
