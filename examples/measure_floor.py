@@ -1,0 +1,122 @@
+"""Measures a next token's step against reading its weights once, which it cannot do without.
+
+    torchrun --standalone --nproc-per-node 2 examples/measure_floor.py [--dtype bfloat16]
+
+Rounds take three things in turn, all ranks at once: the step; a sum over each weight that the step
+multiplies by, which is what reading them takes torch; and those products alone. Weights are random,
+of the model that the benchmarks use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tabulate import tabulate
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import spdcompile
+from spdcompile.compiled import CompiledModel
+from spdcompile.runtime.cpu_operators import linear_on_cpu
+
+MODEL = Path(__file__).parent / "models" / "bench-llama"
+CONTEXT = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=60)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL)).eval()
+    compiled = spdcompile.compile(model.to(getattr(torch, args.dtype)), tp=dist_size())
+    weights = weights_of(compiled)
+    ways: dict[str, Callable[[], object]] = {
+        "a step": step_of(compiled),
+        "reading its weights": lambda: [weight.sum() for weight in weights],
+        "its products": products_of(weights),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(args.rounds + 3):
+        for name, run in ways.items():
+            dist.barrier()
+            began = time.perf_counter()
+            run()
+            if number >= 3:  # the first ones compile
+                times[name].append(time.perf_counter() - began)
+    if dist.get_rank() == 0:
+        print(report(times, sum(weight.nbytes for weight in weights), args.dtype))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def dist_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def weights_of(compiled: CompiledModel) -> list[Tensor]:
+    """All matrices of a rank but the table of token embeddings, of which a step reads one row."""
+    first = compiled.executor.program.parts[0].name
+    return [
+        tensor
+        for part, params in compiled.executor.params.items()
+        for tensor in params.values()
+        if tensor.dim() == 2 and part != first
+    ]
+
+
+def step_of(compiled: CompiledModel) -> Callable[[], object]:
+    cache = compiled.new_cache(1, CONTEXT)
+    compiled(torch.ones((1, CONTEXT - 1), dtype=torch.long), past_key_values=cache)
+    lengths, token = cache.lengths, torch.ones((1, 1), dtype=torch.long)
+
+    def step() -> None:
+        cache.set_lengths(lengths)
+        compiled(token, past_key_values=cache, logits_to_keep=1)
+
+    return step
+
+
+def products_of(weights: list[Tensor]) -> Callable[[], object]:
+    multiply = linear_on_cpu()
+    rows = {
+        size: torch.ones(1, size, dtype=weights[0].dtype) for size in {w.shape[1] for w in weights}
+    }
+    return lambda: [multiply(rows[weight.shape[1]], weight) for weight in weights]
+
+
+def report(times: dict[str, list[float]], num_bytes: int, dtype: str) -> str:
+    floor = quantile(times["reading its weights"], 0.1)
+    rows = [
+        (
+            name,
+            *(f"{1e3 * quantile(taken, q):.2f}" for q in (0.1, 0.5)),
+            f"{quantile(taken, 0.1) / floor:.2f}",
+            f"{num_bytes / quantile(taken, 0.1) / 1e9:.1f}",
+        )
+        for name, taken in times.items()
+    ]
+    headers = (f"{num_bytes / 1e6:.0f} MB a rank, {dtype}", "p10 ms", "median ms", "ratio", "GB/s")
+    table = tabulate(rows, headers, tablefmt="pipe", disable_numparse=True)
+    return (
+        f"{table}\n\n{dist.get_world_size()} ranks at once, one thread each, context {CONTEXT}; "
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
+    )
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
+if __name__ == "__main__":
+    main()
