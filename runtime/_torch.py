@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -141,6 +142,7 @@ def default_store() -> dist.Store:
     return distributed_c10d._get_default_store().clone()
 
 
+@cache
 def default_kernel_directory() -> str:
     """Where Inductor keeps what it compiles if it is told nothing."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # takes long to import

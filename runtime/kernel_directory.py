@@ -119,9 +119,14 @@ def work_in_use() -> WorkDirectory | None:
 
 def root_directory(environ: Mapping[str, str] = os.environ) -> Path:
     """Where kernels are kept: SPD_CACHE_DIR, else spdcompile in the user's cache directory."""
-    if own := environ.get(VARIABLE):
+    return _root(environ.get(VARIABLE), environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"))
+
+
+@cache  # asked for at every call of a program
+def _root(own: str | None, caches: str | None, _: str | None) -> Path:
+    if own:
         return Path(own).absolute()
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spdcompile"
+    return Path(caches or Path.home() / ".cache") / "spdcompile"
 
 
 def make_private(directory: Path) -> Path:
