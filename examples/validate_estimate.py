@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,7 +27,7 @@ from spdcompile.compiled import CompiledModel
 from spdcompile.estimate.estimates import estimate_of, steps_of
 from spdcompile.estimate.links import Link, Timed, fitted
 from spdcompile.estimate.machines import Machines
-from spdcompile.estimate.measuring_links import LINKS, burst, trials_of
+from spdcompile.estimate.measuring_links import LINKS, burst, trials_of, typical
 from spdcompile.estimate.structure import Structure
 from spdcompile.plan import Plan, attention_points
 
@@ -47,7 +46,8 @@ class Row:
     """One step of one program; times in seconds.
 
     Args:
-        measured: median of all rounds; `fast` is the tenth percentile.
+        measured: mean of all rounds but the slowest tenth, as constants are; `fast` is the tenth
+            percentile.
         estimated: from the constants of a machine that was measured before.
         then: with collectives as long as they were in the same rounds.
     """
@@ -118,7 +118,7 @@ def compare(width: int, machines: Machines, args: argparse.Namespace) -> list[Ro
     rows = []
     for link in LINKS:
         timed = [
-            Timed(trial.kind, 2, trial.num_bytes, statistics.median(taken[link, i][2:]))
+            Timed(trial.kind, 2, trial.num_bytes, typical(taken[link, i][2:]))
             for i, trial in enumerate(trials[link])
         ]
         links = machines.link(link), Link(link, (fitted(timed),))
@@ -128,7 +128,7 @@ def compare(width: int, machines: Machines, args: argparse.Namespace) -> list[Ro
             before, then = (estimate_of(structure, plan, device, each, sizes) for each in links)
             for each, again in zip(before.steps, then.steps, strict=True):
                 own = times[link, mask, each.name]
-                found = statistics.median(own), sorted(own)[len(own) // 10]
+                found = typical(own), sorted(own)[len(own) // 10]
                 estimated = each.dropped.total, again.dropped.total
                 rows.append(Row(width, link, mask, each.name, *found, *estimated))
     return rows
@@ -192,7 +192,7 @@ def report(rows: list[Row]) -> str:
         )
         for row in rows
     ]
-    headers = ["hidden", "link", "dropped", "step", "median ms", "p10 ms"]
+    headers = ["hidden", "link", "dropped", "step", "mean ms", "p10 ms"]
     headers += ["estimated ms", "with the link as it was then", "error", "error then"]
     table = tabulate(cells, headers, tablefmt="github", disable_numparse=True)
     return f"{table}\n\n{summary(rows)}"

@@ -22,7 +22,7 @@ from spdcompile.compiled import CompiledModel
 from spdcompile.estimate.devices import Device
 from spdcompile.estimate.latency import latency_of
 from spdcompile.estimate.links import Link, Timed, fitted
-from spdcompile.estimate.measuring_links import timed, trials_of
+from spdcompile.estimate.measuring_links import timed, trials_of, typical
 from spdcompile.estimate.work import Step, work_of
 from spdcompile.runtime import pages
 from spdcompile.runtime.cpu_operators import linear_on_cpu
@@ -83,8 +83,7 @@ def main(argv: Sequence[str]) -> None:
 def _seconds(run: Callable[[], object]) -> float:
     """Seconds of a call that all ranks begin together, up to when the last one has ended.
 
-    The slowest rank counts, since the others wait for it at the next collective; of all rounds,
-    the median.
+    The slowest rank counts, since the others wait for it at the next collective.
     """
     run()
     began = time.perf_counter()
@@ -99,7 +98,7 @@ def _seconds(run: Callable[[], object]) -> float:
         times.append(time.perf_counter() - began)
     slowest = torch.tensor(times, dtype=torch.float64)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return float(slowest.quantile(0.5))
+    return typical(slowest.tolist())
 
 
 # ---- the device
