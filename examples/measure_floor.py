@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 examples/measure_floor.py [--dtype bfloat16]
 
 Rounds take three things in turn, each three times, all ranks at once: the step; a sum over each
-weight that the step multiplies by, which is what reading them takes torch; and those products alone.
+weight that the step multiplies by, which is what reading them takes torch; those products alone.
 Weights are random, of the model that the benchmarks use.
 """
 
