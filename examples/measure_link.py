@@ -5,7 +5,8 @@
 Two ranks run in two network namespaces of this machine, which a virtual cable of the given rate
 joins; they are removed afterwards. In every round each mask runs a prompt and a token in turn. The
 baseline is lossless: no mask, and sums taken in whichever way is faster on that link. The
-prediction is arithmetic: as many collectives as the mask drops, times what one takes by itself.
+prediction is arithmetic: as many collectives as the mask drops, times what one takes by itself, as
+far from the one before as in a program.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ SIZES = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1408}
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8192}
 LAYERS = SIZES["num_hidden_layers"]
 STEPS = {"prompt": PROMPT, "token": 1}
+SUMS = 8  # that are timed in a round, as far from each other as in a program
 
 
 def masks() -> dict[str, spdcompile.Plan]:
@@ -75,8 +77,14 @@ def rank_main(result: Path, rounds: int) -> None:
         runs[f"{step}/sum"] = lambda part=part: exchange(part)
     times: dict[str, list[float]] = {key: [] for key in runs}
     for number in range(rounds + 2):
+        between = {step: 0.0 for step in STEPS}
         for key, run in runs.items():
-            seconds = timed(run, repeats=8 if key.endswith("/sum") else 1)
+            step, name = key.split("/")
+            if name == "sum":
+                seconds = timed(run, SUMS, between[step])
+            else:
+                seconds = timed(run)
+                between[step] = seconds / (2 * LAYERS)  # of the program with the fewest in the end
             if number >= 2:  # the first ones compile
                 times[key].append(seconds)
     if dist.get_rank() == 0:
@@ -108,13 +116,22 @@ def running(program: spdcompile.CompiledModel, prompt: Tensor, tokens: int) -> C
     return run
 
 
-def timed(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of one of so many in a row, from when both ranks are there."""
+def timed(run: Callable[[], object], repeats: int = 1, apart: float = 0.0) -> float:
+    """Seconds of one of so many, from when both ranks are there.
+
+    Args:
+        apart: seconds between them in which a rank computes, and the link is at rest.
+    """
     dist.barrier()
-    began = time.perf_counter()
+    taken = 0.0
     for _ in range(repeats):
+        until = time.perf_counter() + apart
+        while time.perf_counter() < until:
+            pass
+        began = time.perf_counter()
         run()
-    return (time.perf_counter() - began) / repeats
+        taken += time.perf_counter() - began
+    return taken / repeats
 
 
 # ---- the link, and both ranks on it

@@ -65,7 +65,7 @@ def measured(how: str, source: Path, folder: Path, tp: int, ranks: bool) -> dict
     """What one start took."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}"]
     command = [sys.executable, *(torchrun if ranks else []), __file__]
-    command += ["--start", how, str(source), str(folder / "saved")]
+    command += ["--being", how, str(source), str(folder / "saved")]
     environment = {**os.environ, "SPD_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     ended = subprocess.run(
@@ -101,10 +101,10 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--random", nargs="*", default=["32x256"], metavar="LAYERSxWIDTH")
     parser.add_argument("--ranks", action="store_true", help="one process a rank, by torchrun")
-    parser.add_argument("--start", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--being", nargs=3, help=argparse.SUPPRESS)
     settings = parser.parse_args()
-    if settings.start:
-        start_main(*settings.start, settings.tp)
+    if settings.being:
+        start_main(*settings.being, settings.tp)
         return
     import torch
     import transformers
