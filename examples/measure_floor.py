@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import spdcompile
 from spdcompile.compiled import CompiledModel
 from spdcompile.runtime.cpu_operators import linear_on_cpu
+from spdcompile.runtime.launch import launched_world_size
 
 MODEL = Path(__file__).parent / "models" / "bench-llama"
 CONTEXT, IN_A_ROW = 128, 3
@@ -39,7 +40,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL)).eval()
-    compiled = spdcompile.compile(model.to(getattr(torch, args.dtype)), tp=dist_size())
+    compiled = spdcompile.compile(model.to(getattr(torch, args.dtype)), tp=launched_world_size())
     weights = weights_of(compiled)
     ways: dict[str, Callable[[], object]] = {
         "a step": step_of(compiled),
@@ -55,15 +56,11 @@ def main() -> None:
                 run()
             if number >= 3:  # the first ones compile
                 times[name].append((time.perf_counter() - began) / IN_A_ROW)
-    times = {name: slowest(taken) for name, taken in times.items()}
+    slowest = {name: until_all_are_done(taken) for name, taken in times.items()}
     if dist.get_rank() == 0:
-        print(report(times, sum(weight.nbytes for weight in weights), args.dtype))
+        print(report(slowest, sum(weight.nbytes for weight in weights), args.dtype))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def dist_size() -> int:
-    return int(os.environ["WORLD_SIZE"])
 
 
 def weights_of(compiled: CompiledModel) -> list[Tensor]:
@@ -97,21 +94,21 @@ def products_of(weights: list[Tensor]) -> Callable[[], object]:
     return lambda: [multiply(rows[weight.shape[1]], weight) for weight in weights]
 
 
-def slowest(taken: list[float]) -> list[float]:
+def until_all_are_done(taken: list[float]) -> Tensor:
     """Of each round, until the last rank is done: the first to begin has the memory to itself."""
     all_of_them = torch.tensor(taken, dtype=torch.float64)
     dist.all_reduce(all_of_them, op=dist.ReduceOp.MAX)
-    return all_of_them.tolist()
+    return all_of_them
 
 
-def report(times: dict[str, list[float]], num_bytes: int, dtype: str) -> str:
-    floor = quantile(times["reading its weights"], 0.1)
+def report(times: dict[str, Tensor], num_bytes: int, dtype: str) -> str:
+    floor = times["reading its weights"].quantile(0.1)
     rows = [
         (
             name,
-            *(f"{1e3 * quantile(taken, q):.2f}" for q in (0.1, 0.5)),
-            f"{quantile(taken, 0.1) / floor:.2f}",
-            f"{num_bytes / quantile(taken, 0.1) / 1e9:.1f}",
+            *(f"{1e3 * taken.quantile(q):.2f}" for q in (0.1, 0.5)),
+            f"{taken.quantile(0.1) / floor:.2f}",
+            f"{num_bytes / taken.quantile(0.1) / 1e9:.1f}",
         )
         for name, taken in times.items()
     ]
@@ -121,10 +118,6 @@ def report(times: dict[str, list[float]], num_bytes: int, dtype: str) -> str:
         f"{table}\n\n{dist.get_world_size()} ranks at once, one thread each, context {CONTEXT}; "
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {date.today()}"
     )
-
-
-def quantile(values: list[float], share: float) -> float:
-    return sorted(values)[int(share * (len(values) - 1))]
 
 
 if __name__ == "__main__":

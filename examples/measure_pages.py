@@ -1,9 +1,9 @@
 """Measures how fast weights are read from large pages and from small ones, by all ranks at once.
 
-    torchrun --standalone --nproc-per-node 2 examples/measure_pages.py [--mb 64]
+    torchrun --standalone --nproc-per-node 2 examples/measure_pages.py [--rows 1]
 
-What is timed is the product of one row with a weight larger than caches, as a next token needs it:
-the package's own and torch's. Rounds take the four in turn.
+What is timed is a product with a weight larger than caches, by default of one row, as a next token
+needs it: the package's own and torch's. Rounds take the four in turn.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mb", type=int, default=64, help="of a weight")
+    parser.add_argument("--rows", type=int, default=1, help="of the other operand")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     dtype = getattr(torch, args.dtype)
-    x = torch.randn(1, WIDTH, dtype=dtype)
+    x = torch.randn(args.rows, WIDTH, dtype=dtype)
     small = torch.randn(args.mb * 10**6 // WIDTH // dtype.itemsize, WIDTH).to(dtype)
     weights = {"small pages": small, "large pages": pages.settled(small)}
     products = {"our product": linear_on_cpu(), "torch's": F.linear}
@@ -47,16 +48,20 @@ def main() -> None:
             began = time.perf_counter()
             products[product](x, weights[weight])
             times[product, weight].append(time.perf_counter() - began)
-    for taken in times.values():  # the first rank to begin has the memory to itself for a while
-        slowest = torch.tensor(taken, dtype=torch.float64)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        taken[:] = slowest.tolist()
+    slowest = {key: torch.tensor(taken, dtype=torch.float64) for key, taken in times.items()}
+    for taken in slowest.values():  # the first rank to begin has the memory to itself for a while
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
         rows = [
-            (*key, *(f"{small.nbytes / _quantile(taken, q) / 1e9:.1f}" for q in (0.1, 0.5)))
-            for key, taken in times.items()
+            (*key, *(f"{small.nbytes / taken.quantile(q) / 1e9:.1f}" for q in (0.1, 0.5)))
+            for key, taken in slowest.items()
         ]
-        headers = (f"{args.mb} MB, {args.dtype}", "memory", "GB/s a rank: p10", "median")
+        headers = (
+            f"{args.mb} MB, {args.dtype}, {args.rows} rows",
+            "memory",
+            "GB/s a rank: p10",
+            "median",
+        )
         print(tabulate(rows, headers, tablefmt="pipe", disable_numparse=True))
         setting = SETTING.read_text().strip() if SETTING.exists() else "unknown"
         print(
@@ -66,10 +71,6 @@ def main() -> None:
         )
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _quantile(values: list[float], share: float) -> float:
-    return sorted(values)[int(share * (len(values) - 1))]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spdcompile.runtime import pages
+from spdcompile.runtime.packing import Pack, packed
 
 BIG, SMALL = (3, 1024, 257), (5, 7)  # 3 MB, that is one large page and a rest, and no page at all
 
@@ -38,6 +39,28 @@ def test_small_tensor_is_left_where_it_is() -> None:
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux only")
 def test_begins_with_a_page() -> None:
     assert pages.empty(BIG, torch.float32).data_ptr() % 2**21 == 0
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux only")
+def test_whole_pages_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Listening(mmap.mmap):
+        def madvise(self, *args: int) -> None:
+            asked.append(args)
+            super().madvise(*args)
+
+    monkeypatch.setattr(pages.mmap, "mmap", Listening)
+    pages.empty(BIG, torch.float32)
+    ((advice, _, length),) = asked
+    assert advice == mmap.MADV_HUGEPAGE and length == 2**21
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux only")
+def test_packed_weights_lie_in_pages() -> None:
+    given = {"a": torch.ones(512, 1024), "b": torch.ones(256, 1024)}
+    found = packed(given.items(), (Pack("both", ("a", "b"), (512, 256)),))
+    assert found["both"].data_ptr() % 2**21 == 0
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="Linux only")

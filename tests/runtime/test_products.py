@@ -45,6 +45,13 @@ def test_product_is_exact_up_to_one_rounding(dtype: torch.dtype, has_bias: bool)
             assert rel_err(found.double(), exact(x, weight, bias)) < BOUNDS[dtype], (rows, size)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_many_rows_are_one_dnns() -> None:
+    with torch.profiler.profile() as profile:
+        product(torch.randn(17, 100), torch.randn(COUNT, 100))
+    assert "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
+
+
 def test_threads_do_not_change_a_bit() -> None:
     x, weight = torch.randn(1, 512), torch.randn(900, 512)
     before = torch.get_num_threads()
