@@ -1,12 +1,11 @@
 """Measures what dropped sync points save over a slow link, and what they were predicted to save.
 
-    sudo python examples/measure_link.py [--rates 1gbit 200mbit] [--rounds 30] [--json FILE]
+    sudo python examples/measure_link.py [--rates 1gbit 200mbit] [--delay MS] [--rounds 30]
 
-Two ranks run in two network namespaces of this machine, which a virtual cable of the given rate
-joins; they are removed afterwards. In every round each mask runs a prompt and a token in turn. The
-baseline is lossless: no mask, and sums taken in whichever way is faster on that link. The
-prediction is arithmetic: as many collectives as the mask drops, times what one takes by itself, as
-far from the one before as in a program.
+Two ranks run in two network namespaces of this machine, joined by slow_link.py. In every round
+each mask runs a prompt and a token in turn. The baseline is lossless: no mask, and sums taken in
+whichever way is faster on that link. The prediction is arithmetic: as many collectives as the mask
+drops, times what one takes by itself, as far from the one before as in a program.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from slow_link import slow_link
 from tabulate import tabulate
 from torch import Tensor, fx
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -37,7 +36,6 @@ from spdcompile.passes.ops import SYNC
 from spdcompile.runtime.collectives import Collectives, lower_collectives
 
 PROMPT, PORT, TP = 128, 29431, 2
-ADDRESSES = ("10.213.77.1", "10.213.77.2")
 SIZES = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 1408}
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 8192}
 LAYERS = SIZES["num_hidden_layers"]
@@ -134,47 +132,20 @@ def timed(run: Callable[[], object], repeats: int = 1, apart: float = 0.0) -> fl
     return taken / repeats
 
 
-# ---- the link, and both ranks on it
+# ---- both ranks on a link
 
 
-@contextmanager
-def link(rate: str) -> Iterator[list[str]]:
-    """Two namespaces joined by a cable of a rate; their names. Removed afterwards."""
-    tag = f"spdlink{os.getpid() % 10000}"
-    names, ends = [f"{tag}a", f"{tag}b"], [f"{tag[-8:]}va", f"{tag[-8:]}vb"]
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        peer = ("peer", "name", ends[1], "netns", names[1])
-        ip("link", "add", ends[0], "netns", names[0], "type", "veth", *peer)
-        for name, end, address in zip(names, ends, ADDRESSES, strict=True):
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
-            ip("-n", name, "link", "set", end, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-            shape = ["tc", "qdisc", "add", "dev", end, "root", "tbf", "rate", rate]
-            shape += ["burst", "128kb", "latency", "50ms"]
-            subprocess.run(["ip", "netns", "exec", name, *shape], check=True)
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "delete", name], check=False)
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-def measured(rate: str, rounds: int) -> dict[str, Any]:
+def measured(rate: str, delay: float, rounds: int) -> dict[str, Any]:
     """What two ranks on a link found."""
-    with link(rate) as names, tempfile.TemporaryDirectory() as folder:
+    with slow_link(rate, delay) as ends, tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "found.json"
         command = [sys.executable, __file__, "--rank", str(result), "--rounds", str(rounds)]
-        common = {"WORLD_SIZE": str(TP), "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": str(PORT)}
+        common = {"WORLD_SIZE": str(TP), "MASTER_ADDR": ends[0].address, "MASTER_PORT": str(PORT)}
         common |= {"OMP_NUM_THREADS": "1"}
         ranks = []
-        for rank, name in enumerate(names):
-            own = {"RANK": str(rank), "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": interface(name)}
-            start = ["ip", "netns", "exec", name, *command]
+        for rank, end in enumerate(ends):
+            own = {"RANK": str(rank), "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": end.interface}
+            start = ["ip", "netns", "exec", end.namespace, *command]
             ranks.append(subprocess.Popen(start, env={**os.environ, **common, **own}))
         codes = [process.wait(timeout=1200) for process in ranks]
         if any(codes):
@@ -182,15 +153,7 @@ def measured(rate: str, rounds: int) -> dict[str, Any]:
         return json.loads(result.read_text())
 
 
-def interface(name: str) -> str:
-    """The cable's end in a namespace."""
-    listed = subprocess.run(
-        ["ip", "-n", name, "-j", "link"], check=True, capture_output=True, text=True
-    )
-    return next(each["ifname"] for each in json.loads(listed.stdout) if each["ifname"] != "lo")
-
-
-def rows_of(rate: str, found: dict[str, Any]) -> list[list[str]]:
+def rows_of(link: str, found: dict[str, Any]) -> list[list[str]]:
     """Measured and predicted gain of each mask, by medians."""
     times = {key: statistics.median(values) for key, values in found["times"].items()}
     rows = []
@@ -200,15 +163,16 @@ def rows_of(rate: str, found: dict[str, Any]) -> list[list[str]]:
             gain = 1 - times[f"{step}/{name}"] / plain
             predicted = (found["kept"]["nothing"] - kept) * one / plain
             ratio = f"{gain / predicted:.2f}" if predicted else ""
-            row = [rate, step, name, str(kept), f"{1000 * times[f'{step}/{name}']:.1f}"]
+            row = [link, step, name, str(kept), f"{1000 * times[f'{step}/{name}']:.1f}"]
             rows.append([*row, f"{gain:.1%}", f"{predicted:.1%}", ratio])
-        rows.append([rate, step, f"one sum ({found['sums']})", "", f"{1000 * one:.2f}", "", "", ""])
+        rows.append([link, step, f"one sum ({found['sums']})", "", f"{1000 * one:.2f}", "", "", ""])
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rates", nargs="+", default=["1gbit", "200mbit"])
+    parser.add_argument("--delay", type=float, help="one-way, in ms: each rate with it, too")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
@@ -216,8 +180,11 @@ def main() -> None:
     if args.rank:
         rank_main(args.rank, args.rounds)
         return
-    all_found = {rate: measured(rate, args.rounds) for rate in args.rates}
-    rows = [row for rate, found in all_found.items() for row in rows_of(rate, found)]
+    links = {rate: (rate, 0.0) for rate in args.rates}
+    if args.delay:
+        links |= {f"{rate}, {args.delay:g} ms": (rate, args.delay / 1e3) for rate in args.rates}
+    all_found = {name: measured(*link, args.rounds) for name, link in links.items()}
+    rows = [row for name, found in all_found.items() for row in rows_of(name, found)]
     headers = ["link", "step", "dropped", "sums left", "ms", "gain", "predicted", "of it"]
     print(tabulate(rows, headers, tablefmt="pipe", disable_numparse=True))
     print(
