@@ -22,6 +22,7 @@ from spdcompile.compiled import CompiledModel
 from spdcompile.estimate.devices import Device
 from spdcompile.estimate.latency import latency_of
 from spdcompile.estimate.links import Link, Timed, fitted
+from spdcompile.estimate.machines import Machines
 from spdcompile.estimate.measuring_links import timed, trials_of, typical
 from spdcompile.estimate.work import Step, work_of
 from spdcompile.runtime import pages
@@ -37,6 +38,8 @@ _FUSED = (64, 128, 512, 2048)
 _TOKENS = (32, 128, 512)
 _LINK_ROUNDS = 40
 _STEPS = 5  # in a row, so that what ranks wait for each other at a barrier counts little
+_TINY, _USUAL = 64, 768  # hidden sizes
+_FEW_ROWS = 4  # of products that take as long as reading the matrix
 _SECONDS, _MOST_ROUNDS, _FEWEST_ROUNDS = 0.15, 40, 5
 
 
@@ -47,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         argv: the file for the result, and dtypes separated by commas.
     """
     result, dtypes = argv
-    shallow, deep = (_tiny(layers) for layers in (2, 6))
+    shallow, deep = (_model(layers, _TINY) for layers in (2, 6))
     executor = shallow.executor
     assert isinstance(executor, DistributedExecutor), "torchrun started this"
     group = executor.ranks.group
@@ -70,6 +73,11 @@ def main(argv: Sequence[str]) -> None:
         device["attention"][name] = list(_attention(getattr(torch, name)))
         device["flops"][name] = max(rate[-1] for rate in rates)
     device["block_s"], device["step_s"] = _host(shallow, deep, device, rows)
+    for name, rates in device["products"].items():
+        slowness = _slowness_of_products(_model(3, _USUAL, name), device, rows)
+        for rate in rates:
+            if rate[0] <= _FEW_ROWS:
+                rate[-1] /= slowness
     if dist.get_rank() == 0:
         table = {
             name: [[row.kind.value, row.ranks, row.num_bytes, row.seconds] for row in rows]
@@ -213,18 +221,18 @@ def _small_kernel() -> float:
 # ---- what the host takes
 
 
-def _tiny(layers: int) -> CompiledModel:
-    """A model with next to no work."""
+def _model(layers: int, width: int, dtype: str = "float32") -> CompiledModel:
     config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        vocab_size=128,
+        num_attention_heads=max(4, width // 64),
+        vocab_size=2 * width,
         max_position_embeddings=256,
     )
     torch.manual_seed(0)
-    return spdcompile.compile(LlamaForCausalLM(config).eval(), tp=launched_world_size())
+    model = LlamaForCausalLM(config).eval().to(getattr(torch, dtype))
+    return spdcompile.compile(model, tp=launched_world_size())
 
 
 def _host(
@@ -241,6 +249,22 @@ def _host(
     less, more = shallow.plan.num_layers, deep.plan.num_layers
     block = max(0.0, (rest[1] - rest[0]) / (more - less))
     return block, max(0.0, rest[0] - less * block)
+
+
+def _slowness_of_products(
+    model: CompiledModel, device: dict[str, Any], rows: Sequence[Timed]
+) -> float:
+    """How much longer products of few rows take among a program's other kernels than in a row.
+
+    At least 1: memory is idle between them, and a rank reads on only after the slowest has come.
+    """
+    link = Link("measured", (fitted(rows),))
+    known = Machines({"devices": {"": {**device, "sources": []}}, "links": {}}, "").device("")
+    work = work_of(model.remembering_program, Step(1, 1, 31))
+    kernels = [kernel for kernel in work.kernels if kernel.matrix_bytes]
+    products = sum(known.seconds(kernel, work.state_bytes) for kernel in kernels)
+    rest = latency_of(work, known, link, model.plan.tp).total - products
+    return max(1.0, (_seconds(_decode_steps(model)) / _STEPS - rest) / products)
 
 
 def _decode_steps(model: CompiledModel) -> Callable[[], object]:

@@ -14,6 +14,7 @@ FEWER = {
         "_STREAMS": (2**14, 2**16),
         "_FUSED": (8,),
         "_TOKENS": (8,),
+        "_USUAL": 128,
         "_SECONDS": 0.01,
         "_MOST_ROUNDS": 4,
         "_FEWEST_ROUNDS": 2,
