@@ -37,6 +37,7 @@ _STREAMS = tuple(2**exponent for exponent in (14, 17, 20, 22, 23, 24, 25, 27))
 _FUSED = (64, 128, 512, 2048)
 _TOKENS = (32, 128, 512)
 _LINK_ROUNDS = 40
+_CONTEXT = 31  # tokens before those that are timed
 _STEPS = 5  # in a row, so that what ranks wait for each other at a barrier counts little
 _TINY, _USUAL = 64, 768  # hidden sizes
 _FEW_ROWS = 4  # of products that take as long as reading the matrix
@@ -243,7 +244,7 @@ def _host(
     kernels = Device("measured", {torch.float32: 1e12}, 1e12, device["kernel_s"])
     rest = []
     for model in (shallow, deep):
-        work = work_of(model.remembering_program, Step(1, 1, 31))
+        work = work_of(model.remembering_program, Step(1, 1, _CONTEXT))
         known = latency_of(work, kernels, link, model.plan.tp).total
         rest.append(_seconds(_decode_steps(model)) / _STEPS - known)
     less, more = shallow.plan.num_layers, deep.plan.num_layers
@@ -260,7 +261,7 @@ def _slowness_of_products(
     """
     link = Link("measured", (fitted(rows),))
     known = Machines({"devices": {"": {**device, "sources": []}}, "links": {}}, "").device("")
-    work = work_of(model.remembering_program, Step(1, 1, 31))
+    work = work_of(model.remembering_program, Step(1, 1, _CONTEXT))
     kernels = [kernel for kernel in work.kernels if kernel.matrix_bytes]
     products = sum(known.seconds(kernel, work.state_bytes) for kernel in kernels)
     rest = latency_of(work, known, link, model.plan.tp).total - products
@@ -268,9 +269,10 @@ def _slowness_of_products(
 
 
 def _decode_steps(model: CompiledModel) -> Callable[[], object]:
-    cache = model.new_cache(1, 64)
-    model(torch.ones((1, 31), dtype=torch.long), past_key_values=cache)
-    lengths, token = cache.lengths, torch.ones((1, 1), dtype=torch.long)
+    cache, token = model.new_cache(1, 64), torch.ones((1, 1), dtype=torch.long)
+    for _ in range(_CONTEXT):
+        model(token, past_key_values=cache)  # not all at once, which would be compiled by itself
+    lengths = cache.lengths
 
     def steps() -> None:
         for _ in range(_STEPS):
