@@ -64,7 +64,7 @@ class Vllm(Subject):
         return torch.from_numpy(logits), seconds
 
     def _ask(self, message: Any) -> Any:
-        # Left to run, threads of its process groups wake a thousand times a second in all.
+        # Left to run, the threads of its process groups would take 1 % of a core from the others.
         self._process.send_signal(signal.SIGCONT)
         try:
             self._connection.send(message)
