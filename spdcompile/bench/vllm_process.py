@@ -117,6 +117,7 @@ def main() -> None:
     except EOFError:
         return
     except Exception as error:  # of whatever kind, it is the reason that the table gives
+        _unname_shared_memory()
         lines = str(error).strip().splitlines()
         connection.send(f"{type(error).__name__}: {lines[0] if lines else ''}")
 

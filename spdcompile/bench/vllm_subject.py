@@ -63,6 +63,11 @@ class Vllm(Subject):
         logits, seconds = self._ask(("step",))
         return torch.from_numpy(logits), seconds
 
+    def close(self) -> None:
+        """Ends the process; it ends with this one, too."""
+        self._process.kill()
+        self._process.wait()
+
     def _ask(self, message: Any) -> Any:
         # Left to run, the threads of its process groups would take 1 % of a core from the others.
         self._process.send_signal(signal.SIGCONT)
@@ -73,6 +78,7 @@ class Vllm(Subject):
             code = self._process.wait()
             raise NotMeasuredError(f"vLLM's process ended, with code {code}") from error
         if isinstance(answer, str):
+            self.close()
             raise NotMeasuredError(answer)
         self._process.send_signal(signal.SIGSTOP)
         return answer

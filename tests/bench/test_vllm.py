@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,20 +21,14 @@ SETTINGS = BenchSettings(1, prompts=(3,), contexts=(4,), new_tokens=2)
 THREADS = 5
 BATCH, PROMPT, LENGTH = 3, 4, 7
 
-pytestmark = [
-    pytest.mark.distributed,
-    # It ends once its pipe is closed, and nobody waits for that.
-    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
-]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture
 def subject() -> Iterator[Vllm]:
     made = Vllm(Path("model"), SETTINGS, THREADS)
     yield made
-    for process in made.processes:
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
+    made.close()
 
 
 @pytest.fixture(autouse=True)
