@@ -110,7 +110,13 @@ def end_with(parent: int, environ: Mapping[str, str] = os.environ) -> None:
     The first rank of a machine is only woken, from a stop too, so that it can say what happened
     before it ends itself.
     """
-    sent = signal.SIGCONT if environ.get("LOCAL_RANK", "0") == "0" else signal.SIGKILL
+    signal_at_end(
+        parent, signal.SIGCONT if environ.get("LOCAL_RANK", "0") == "0" else signal.SIGKILL
+    )
+
+
+def signal_at_end(parent: int, sent: signal.Signals) -> None:
+    """Has the kernel send this process a signal when its parent ends, even while it is stopped."""
     with suppress(OSError, AttributeError):  # no Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(sent))
     if os.getppid() != parent:  # it ended before the kernel knew

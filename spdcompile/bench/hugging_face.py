@@ -85,7 +85,7 @@ class Eager(Subject):
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._settings = {"use_cache": True, **({"logits_to_keep": 1} if keeps else {})}
 
-    def new_cache(self, batch: int, length: int) -> Any:
+    def new_cache(self, text: Tensor, prompt: int) -> Any:
         return DynamicCache(config=self.model.config)
 
     def run(self, input_ids: Tensor, cache: Any) -> Tensor:
@@ -109,7 +109,8 @@ class WholeGraph(Eager):
         self._caches: dict[tuple[int, int], StaticCache] = {}
         self._programs: dict[tuple[int, ...], Callable[[Tensor, StaticCache], Tensor]] = {}
 
-    def new_cache(self, batch: int, length: int) -> Any:
+    def new_cache(self, text: Tensor, prompt: int) -> Any:
+        batch, length = text.shape
         # One for all rounds: a program is compiled for the addresses of its tensors.
         if (batch, length) not in self._caches:
             cache = StaticCache(config=self.model.config, max_cache_len=length)

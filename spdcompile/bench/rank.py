@@ -76,7 +76,10 @@ class _Run:
             self._settings.rounds,
             lambda number: self._tell(f"round {number} of {self._settings.rounds}"),
         )
-        memory = self._meeting.gather([before, _peak_bytes()])
+        subjects = [entrant.subject for entrant in entrants if entrant.subject is not None]
+        others = [process for subject in subjects for process in subject.processes]
+        peaks = [peak for peak in map(_peak_bytes, [None, *others]) if peak is not None]
+        memory = self._meeting.gather([before, max(peaks, default=None)])
         collected = [self._collected(entrant) for entrant in entrants]
         return None if self._meeting.rank else Result.of(self._settings, collected, memory)
 
@@ -128,13 +131,13 @@ class _Run:
             print(": ".join(words), flush=True)
 
 
-def _peak_bytes() -> int | None:
-    """The most memory that this process held at once; None where Linux does not tell it.
+def _peak_bytes(process: int | None = None) -> int | None:
+    """The most memory that a process, or this one, held at once; None where Linux does not say.
 
     Not ru_maxrss, which also counts what the process was before it became this program.
     """
     try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        status = Path(f"/proc/{process or 'self'}/status").read_text(encoding="utf-8")
     except OSError:
         return None
     match = re.search(r"VmHWM:\s+(\d+) kB", status)

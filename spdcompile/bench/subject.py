@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -18,13 +19,18 @@ class NotMeasuredError(SpdCompileError):
 class Subject(ABC):
     """A model that is called token by token, every rank alike."""
 
+    @property
+    def processes(self) -> list[int]:
+        """The ids of processes beside this one that the model is in."""
+        return []
+
     @abstractmethod
-    def new_cache(self, batch: int, length: int) -> Any:
-        """An empty cache.
+    def new_cache(self, text: Tensor, prompt: int) -> Any:
+        """An empty cache for a text that will be given in pieces.
 
         Args:
-            batch: sequences, B.
-            length: most tokens of a sequence.
+            text: all its tokens, int64 [B, length].
+            prompt: how many of them come first and together; the others come one by one.
         """
 
     @abstractmethod
@@ -34,6 +40,12 @@ class Subject(ABC):
         Args:
             input_ids: int64 [B, S].
         """
+
+    def timed(self, input_ids: Tensor, cache: Any) -> tuple[Tensor, float]:
+        """What `run` returns, and the seconds that it took."""
+        began = time.perf_counter()
+        logits = self.run(input_ids, cache)
+        return logits, time.perf_counter() - began
 
     def fill(self, input_ids: Tensor, cache: Any) -> None:
         """Puts a context into an empty cache; this is not timed."""
@@ -46,8 +58,8 @@ class Compiled(Subject):
     def __init__(self, compiled: CompiledModel) -> None:
         self.compiled = compiled
 
-    def new_cache(self, batch: int, length: int) -> Any:
-        return self.compiled.new_cache(batch, length)
+    def new_cache(self, text: Tensor, prompt: int) -> Any:
+        return self.compiled.new_cache(*text.shape)
 
     def run(self, input_ids: Tensor, cache: Any) -> Tensor:
         logits = self.compiled(input_ids, past_key_values=cache, logits_to_keep=1).logits

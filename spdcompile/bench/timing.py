@@ -117,7 +117,7 @@ class Course:
     def _take(self, entrant: Entrant, step: Step) -> None:
         subject, timed, ids = entrant.subject, entrant.timed[step.name], self._ids[step.name]
         assert subject is not None, "this rank was told to make it"
-        cache = subject.new_cache(step.batch, step.length)
+        cache = subject.new_cache(ids, step.tokens)
         pieces = [ids]
         if step.new:
             subject.fill(ids[:, : step.tokens], cache)
@@ -126,9 +126,9 @@ class Course:
             dist.barrier()
         logits = []
         for piece in pieces:
-            began = time.perf_counter()
-            logits.append(subject.run(piece, cache))
-            timed.samples.append(time.perf_counter() - began)
+            found, seconds = subject.timed(piece, cache)
+            logits.append(found)
+            timed.samples.append(seconds)
         if self._reference:
             error = _error(torch.stack(logits), self._reference[step.name])
             timed.error = max(error, timed.error or 0.0)

@@ -79,11 +79,11 @@ def _peers(settings: BenchSettings) -> Iterator[Variant]:
 def _own(settings: BenchSettings) -> Iterator[Variant]:
     tp, threads = settings.tp, settings.threads
     every = tp * threads
-    label = f"spdcompile, one process, {_threads(every)}"
-    yield Variant("spd-local", label, Kind.LOCAL, every, ranks=1)
     for mask in ("", *settings.masks):
         end = f"/{mask}" if mask else ""
         words = f", attention dropped: {mask}" if mask else ""
+        label = f"spdcompile, one process, {_threads(every)}{words}"
+        yield Variant(f"spd-local{end}", label, Kind.LOCAL, every, ranks=1, mask=mask)
         for name, label, transport in _TRANSPORTS:
             yield Variant(
                 f"{name}{end}",

@@ -31,7 +31,7 @@ class Counting(Subject):
     def __init__(self, value: float, calls: int = 1000) -> None:
         self.value, self.left = value, calls
 
-    def new_cache(self, batch: int, length: int) -> Any:
+    def new_cache(self, text: Tensor, prompt: int) -> Any:
         return None
 
     def run(self, input_ids: Tensor, cache: Any) -> Tensor:
