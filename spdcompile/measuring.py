@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import current_thread, main_thread
 
 from spdcompile.errors import SpdCompileError, UsageError
 from spdcompile.machine import usable_cores
 
 _STDERR = 2
+_PATIENCE_S = 60.0  # torchrun kills ranks after 30 s of its own
 
 
 class MeasuringError(SpdCompileError):
@@ -66,10 +69,10 @@ def run_ranks(
         start_new_session=True,
     ) as process:
         try:
-            printed, said = process.communicate(timeout=timeout)
+            with _raising_on_termination():
+                printed, said = process.communicate(timeout=timeout)
         except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            _end(process)
             if isinstance(error, subprocess.TimeoutExpired):
                 raise MeasuringError(
                     "The measurement took too long.",
@@ -80,6 +83,33 @@ def run_ranks(
     if process.returncode:
         lines = [*(printed or "").strip().splitlines(), *said.strip().splitlines()]
         raise MeasuringError("The measurement failed.", found=_cause(lines), fix=fix)
+
+
+@contextmanager
+def _raising_on_termination() -> Iterator[None]:
+    """SIGTERM raises SystemExit meanwhile, unless the program handles it itself."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    ours = current_thread() is main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _end(torchrun: subprocess.Popen[str]) -> None:
+    """Ends torchrun by the signal at which it ends its ranks, which are no part of its session."""
+    torchrun.terminate()
+    try:
+        torchrun.communicate(timeout=_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        torchrun.kill()
+        torchrun.communicate()
 
 
 def _cause(lines: Sequence[str]) -> str:
