@@ -157,16 +157,17 @@ def rows_of(link: str, found: dict[str, Any]) -> list[list[str]]:
     """Measured and predicted gain of each mask, by medians."""
     times = {key: statistics.median(values) for key, values in found["times"].items()}
     rows = []
-    for step in STEPS:
-        plain, one = times[f"{step}/nothing"], times[f"{step}/sum"]
-        for name, kept in found["kept"].items():
+    for name, kept in found["kept"].items():
+        row = [link, name, str(kept)]
+        for step in STEPS:
+            plain, one = times[f"{step}/nothing"], times[f"{step}/sum"]
             gain = 1 - times[f"{step}/{name}"] / plain
             predicted = (found["kept"]["nothing"] - kept) * one / plain
-            ratio = f"{gain / predicted:.2f}" if predicted else ""
-            row = [link, step, name, str(kept), f"{1000 * times[f'{step}/{name}']:.1f}"]
-            rows.append([*row, f"{gain:.1%}", f"{predicted:.1%}", ratio])
-        rows.append([link, step, f"one sum ({found['sums']})", "", f"{1000 * one:.2f}", "", "", ""])
-    return rows
+            row += [f"{1000 * times[f'{step}/{name}']:.1f}"]
+            row += [f"{gain:.1%}", f"{gain / predicted:.2f}"] if predicted else ["", ""]
+        rows.append(row)
+    one = [(f"{1000 * times[f'{step}/sum']:.2f}", "", "") for step in STEPS]
+    return [*rows, [link, f"one sum by itself, {found['sums']}", "", *one[0], *one[1]]]
 
 
 def main() -> None:
@@ -185,7 +186,8 @@ def main() -> None:
         links |= {f"{rate}, {args.delay:g} ms": (rate, args.delay / 1e3) for rate in args.rates}
     all_found = {name: measured(*link, args.rounds) for name, link in links.items()}
     rows = [row for name, found in all_found.items() for row in rows_of(name, found)]
-    headers = ["link", "step", "dropped", "sums left", "ms", "gain", "predicted", "of it"]
+    headers = ["link", "dropped", "sums left"]
+    headers += [f"{step}{of}" for step in STEPS for of in (", ms", ": gain", ", of predicted")]
     print(tabulate(rows, headers, tablefmt="pipe", disable_numparse=True))
     print(
         f"\nLlama of {LAYERS} layers, width {SIZES['hidden_size']}, random weights, float32, tp "

@@ -78,8 +78,11 @@ class CompiledFunction:
             return self._plain(*inputs)
         if conditions not in self._variants:
             self._variants[conditions] = list(self._kept(conditions, inputs))
-        for variant in self._variants[conditions]:
+        variants = self._variants[conditions]
+        for place, variant in enumerate(variants):
             if variant.holds_for(inputs):
+                if place:  # the next call is most likely like this one
+                    variants.insert(0, variants.pop(place))
                 return variant(*inputs)
         variant = self._new_variant(conditions, inputs)
         if variant is None:

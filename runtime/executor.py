@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Self
 
 import torch
@@ -124,10 +124,11 @@ class Executor(ABC):
         """
         env = dict(inputs)
         *parts, postlude = self.program.parts
-        self.run_parts(env, parts, cache)
-        if last:
-            self._keep_last(env, postlude, last)
-        self.run_parts(env, [postlude], cache)
+        with self._kernels_at_hand():
+            self._run_parts(env, parts, cache)
+            if last:
+                self._keep_last(env, postlude, last)
+            self._run_parts(env, [postlude], cache)
         logits = env[self.program.output]
         return logits[:, -last:] if last else logits
 
@@ -157,9 +158,17 @@ class Executor(ABC):
         self, env: dict[str, Tensor], parts: Iterable[Part], cache: KVCache | None = None
     ) -> None:
         """Runs some parts in order; reads their inputs from `env` and adds their outputs to it."""
-        with self._kernels.at_hand() if self._kernels else nullcontext():
-            for part in parts:
-                env.update(self.call(part, env, None if cache is None else cache.of(part.name)))
+        with self._kernels_at_hand():
+            self._run_parts(env, parts, cache)
+
+    def _run_parts(
+        self, env: dict[str, Tensor], parts: Iterable[Part], cache: KVCache | None
+    ) -> None:
+        for part in parts:
+            env.update(self.call(part, env, None if cache is None else cache.of(part.name)))
+
+    def _kernels_at_hand(self) -> AbstractContextManager[None]:
+        return self._kernels.at_hand() if self._kernels else nullcontext()
 
     def call(
         self, part: Part, env: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None

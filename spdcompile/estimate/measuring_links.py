@@ -83,11 +83,15 @@ def typical(times: Sequence[float]) -> float:
 
 
 def burst(trial: Trial) -> float:
-    """Seconds of a collective that comes after work, as in a program: ranks wait for each other."""
+    """Seconds of a collective that comes after work, as in a program: ranks wait for each other.
+
+    The work takes about a millisecond: threads that have had nothing to do for so long are asleep.
+    """
     vectors, matrices = _other_work()
     taken = 0.0
-    for number in range(_BURST):
-        F.linear(vectors, matrices[number % len(matrices)])
+    for _ in range(_BURST):
+        for matrix in matrices:
+            F.linear(vectors, matrix)
         began = time.perf_counter()
         trial.run()
         taken += time.perf_counter() - began
