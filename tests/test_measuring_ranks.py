@@ -13,7 +13,8 @@ import pytest
 from spdcompile.measuring import MeasuringError, run_ranks
 from tests.import_rules import ROOT
 
-START = "import sys; from spdcompile.measuring import run_ranks; "
+START = "import signal, sys; from spdcompile.measuring import run_ranks; "
+START += "signal.signal(signal.SIGINT, signal.default_int_handler); "  # shells may ignore it
 START += "run_ranks('tests.sleeping_rank', sys.argv[1:], ranks=2, timeout=100)"
 
 pytestmark = pytest.mark.distributed
@@ -36,7 +37,11 @@ def test_ranks_end_with_the_process_that_started_them(tmp_path: Path, sent: sign
         assert time.monotonic() < until
         time.sleep(0.05)
     starter.send_signal(sent)
-    assert starter.wait(timeout=60) != 0
+    try:
+        assert starter.wait(timeout=60) != 0
+    finally:
+        starter.kill()
+        starter.wait()
     check_ended(tmp_path)
 
 
