@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
-from spdcompile.estimate import measuring
+import spdcompile
+from spdcompile.estimate import measuring, measuring_rank
+from spdcompile.estimate.counting import Kind
 from spdcompile.estimate.estimates import estimate_latency
+from spdcompile.estimate.links import Timed
 from spdcompile.estimate.machines import Machines
 from spdcompile.measuring import run_ranks
 from tests.import_rules import ROOT
@@ -43,3 +46,22 @@ def test_measured_machine_serves_estimates(tmp_path: Path, monkeypatch: pytest.M
         for step in found.steps:
             assert step.plain.compute > device.block_s * 2
             assert step.plain.exchange > 0
+
+
+def test_products_are_as_much_slower_as_a_step_is_longer_than_expected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = spdcompile.compile(tiny("llama"), tp=2, backend="eager")
+    rows = [Timed(Kind.ALL_REDUCE, 2, size, 1e-6) for size in (2**10, 2**20)]
+
+    def slowness(step: float, rate: float) -> float:
+        monkeypatch.setattr(measuring_rank, "_seconds", lambda _: step * measuring_rank._STEPS)
+        device = {"flops": {"float32": 1e9}, "bytes_per_s": 1e12, "kernel_s": 0.0}
+        device["products"] = {"float32": [[1, 2**12, 2**16, rate]]}
+        return measuring_rank._slowness_of_products(model, device, rows)
+
+    slow = slowness(1e3, 1e6)
+    assert slow > 100
+    assert slowness(2e3, 1e6) == pytest.approx(2 * slow, rel=1e-3)
+    assert slowness(1e3, 1e5) == pytest.approx(slow / 10, rel=1e-3)
+    assert slowness(1e-9, 1e6) == 1

@@ -139,3 +139,24 @@ def test_a_torch_that_cannot_compile_ahead_compiles_as_it_can(
 ) -> None:
     monkeypatch.setattr(compiled_function, "compile_ahead", lambda *_: None)
     _run(CompiledFunction(_Product(), "product"), torch.randn(5, 4), torch.randn(5, 4))
+
+
+def test_what_held_last_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class OfOneSize:
+        def __init__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self.size = len(inputs[0])
+
+        def holds_for(self, inputs: tuple[Tensor, ...]) -> bool:
+            asked.append(self.size)
+            return len(inputs[0]) == self.size
+
+        def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+            return inputs
+
+    monkeypatch.setattr(compiled_function, "compile_ahead", OfOneSize)
+    function = CompiledFunction(_Product(), "")
+    for size in (1, 2, 2, 1, 1):
+        function(torch.ones(size))
+    assert asked == [1, *(1, 2), *(2, 1), 1]
