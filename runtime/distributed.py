@@ -35,6 +35,7 @@ class DistributedExecutor(RankExecutor):
         device: torch.device,
         ranks: Ranks,
         transport: Transport = Transport.AUTO,
+        blocks_per_graph: int = 1,
     ) -> None:
         self.ranks, self.group = ranks, ranks.group
         super().__init__(
@@ -43,6 +44,7 @@ class DistributedExecutor(RankExecutor):
             backend=backend,
             device=device,
             collectives=collectives_of(ranks.group, device, transport),
+            blocks_per_graph=blocks_per_graph,
         )
 
     def run(

@@ -20,6 +20,7 @@ from spdcompile.passes.tokens import TOKENS
 from spdcompile.passes.verify import check_collectives
 from spdcompile.runtime.cache import KVCache
 from spdcompile.runtime.compiled_function import CompiledFunction
+from spdcompile.runtime.joining import join_blocks
 from spdcompile.runtime.kernels import Kernels
 from spdcompile.runtime.weights import OnDemand, Weights, read_shared
 
@@ -53,6 +54,7 @@ class Executor(ABC):
         program: what to run.
         tensors: global tensors under their state_dict names, in memory or in files.
         device: where to run.
+        blocks_per_graph: how many consecutive blocks are one function.
         on_demand: whether to hold a part's parameters only from when they are needed until
             `release`.
     """
@@ -66,9 +68,11 @@ class Executor(ABC):
         *,
         backend: Backend,
         device: torch.device,
+        blocks_per_graph: int = 1,
         on_demand: bool = False,
     ) -> None:
-        self.program, self.backend, self.device = program, backend, device
+        self.program = join_blocks(program, blocks_per_graph)
+        self.backend, self.device, self.blocks_per_graph = backend, device, blocks_per_graph
         self._on_demand = on_demand
         self._load(tensors)
         self._built: dict[fx.GraphModule, Built] = {}
@@ -83,7 +87,7 @@ class Executor(ABC):
         """
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other.program = program
+        other.program = join_blocks(program, self.blocks_per_graph)
         other._prepare()
         return other
 

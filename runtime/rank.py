@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +12,7 @@ from spdcompile.passes.base import Part, Program
 from spdcompile.runtime.collectives import Collectives, lower_collectives
 from spdcompile.runtime.cpu_operators import use_cpu_operators
 from spdcompile.runtime.executor import Backend, Built, Executor, input_names, on_device
-from spdcompile.runtime.packing import pack_products, packed, packs_of
+from spdcompile.runtime.packing import Pack, pack_products, packed, packs_of
 from spdcompile.runtime.weights import Weights
 
 
@@ -32,10 +33,18 @@ class RankExecutor(Executor):
         backend: Backend,
         device: torch.device,
         collectives: Collectives,
+        blocks_per_graph: int = 1,
     ) -> None:
         self.collectives = collectives
-        self._packs = {part.name: packs_of(program, part) for part in program.parts}
-        super().__init__(program, tensors, backend=backend, device=device)
+        super().__init__(
+            program, tensors, backend=backend, device=device, blocks_per_graph=blocks_per_graph
+        )
+
+    @cached_property
+    def _packs(self) -> dict[str, tuple[Pack, ...]]:
+        """Those of the program that the weights were laid out for; they stay as they are in
+        `with_program`."""
+        return {part.name: packs_of(self.program, part) for part in self.program.parts}
 
     def _packed(self, part: Part, params: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """The parameters of a part as its function takes them."""

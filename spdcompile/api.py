@@ -35,6 +35,7 @@ def compile(
     vocab: str | None = None,
     timeout: float | None = None,
     transport: str = "auto",
+    blocks_per_graph: int = 1,
 ) -> CompiledModel:
     """Splits a causal LM over `tp` tensor-parallel ranks, drops sync points and makes it callable.
 
@@ -58,6 +59,9 @@ def compile(
             end; loading and compiling are not counted. 120 by default; SPD_TIMEOUT overrides it.
         transport: between ranks: "shared-memory" (of one host, on CPU), "process-group" (gloo,
             NCCL), or "auto", which takes the first where it can.
+        blocks_per_graph: how many consecutive blocks are compiled as one; more take longer to
+            compile and less time a step. Runs of equal blocks are compiled once, so one that
+            divides the number of blocks is best.
 
     Raises:
         CheckpointError: a tensor is missing, extra, misshapen or not finite.
@@ -69,7 +73,8 @@ def compile(
     """
     check_tp(tp)
     table = Vocabulary.BY_SIZE if vocab is None else choice(Vocabulary, vocab, "vocab")
-    with Running(tp, executor, backend, device, timeout, transport).among_ranks(model) as running:
+    how = Running(tp, executor, backend, device, timeout, transport, blocks_per_graph)
+    with how.among_ranks(model) as running:
         loaded = load_model(model, dtype)
         _mention_plan(loaded.directory, spd_mask)
         plan = make_plan(loaded.model, tp, spd_mask, head_groups, router)

@@ -140,6 +140,7 @@ def load(
     device: torch.device | str | None = None,
     timeout: float | None = None,
     transport: str = "auto",
+    blocks_per_graph: int = 1,
 ) -> CompiledModel:
     """Starts from an artefact; nothing in it is executed.
 
@@ -148,14 +149,15 @@ def load(
 
     Args:
         directory: what `save` wrote.
-        executor, backend, device, timeout, transport: as in `compile`.
+        executor, backend, device, timeout, transport, blocks_per_graph: as in `compile`.
 
     Raises:
         ArtefactError: it is no artefact, or its weights or configuration are others than it says.
         PlanError, UsageError, CheckpointError: as in `compile`.
     """
     manifest = Manifest.read(Path(directory))
-    running = Running(manifest.plan.tp, executor, backend, device, timeout, transport)
+    tp = manifest.plan.tp
+    running = Running(tp, executor, backend, device, timeout, transport, blocks_per_graph)
     with running.among_ranks(manifest.weights):
         loaded = load_model(manifest.weights, manifest.dtype)
         manifest.check(loaded)

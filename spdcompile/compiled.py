@@ -276,6 +276,7 @@ def agree_on(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "config": model.config.to_json_string(),
+            "blocks per graph": str(executor.blocks_per_graph),
         }
         ranks = executor.ranks
         with ranks.watch.call("comparing plan and weights"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,17 +17,18 @@ from spdcompile.runtime import launch
 from spdcompile.runtime.distributed import DistributedExecutor
 from spdcompile.runtime.executor import Backend, Executor
 from spdcompile.runtime.job import Ranks, chosen_timeout, join
+from spdcompile.runtime.joining import check_blocks_per_graph
 from spdcompile.runtime.local import LocalExecutor
 from spdcompile.runtime.transport import Transport
 from spdcompile.runtime.weights import Weights
 
 
 class Running:
-    """The executor, backend, device, timeout and transport that `spdcompile.compile` takes.
+    """What `spdcompile.compile` takes beside the model and what becomes of it.
 
     Raises:
-        UsageError: there is no such executor, backend or transport, or WORLD_SIZE is no multiple
-            of tp.
+        UsageError: there is no such executor, backend or transport, WORLD_SIZE is no multiple of
+            tp, or a graph is to hold no block.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Running:
         device: torch.device | str | None,
         timeout: float | None,
         transport: str,
+        blocks_per_graph: int,
     ) -> None:
         self.tp = tp
         self.backend = choice(Backend, backend, "backend")
@@ -44,6 +47,8 @@ class Running:
         self.device = None if device is None else torch.device(device)
         self.timeout = chosen_timeout(timeout)
         self.transport = choice(Transport, transport, "transport")
+        check_blocks_per_graph(blocks_per_graph)
+        self.blocks_per_graph = blocks_per_graph
         self.ranks: Ranks | None = None
         if self.distributed:
             launch.check_world_size(tp, launch.launched_world_size())
@@ -68,16 +73,15 @@ class Running:
         Args:
             device: where the weights are, used unless the caller named one.
         """
-        where, backend = self.device or device, self.backend
+        how: dict[str, Any] = {
+            "backend": self.backend,
+            "device": self.device or device,
+            "blocks_per_graph": self.blocks_per_graph,
+        }
         if self.ranks is None:
-            return LocalExecutor(program, tensors, backend=backend, device=where)
+            return LocalExecutor(program, tensors, **how)
         return DistributedExecutor(
-            program,
-            tensors,
-            backend=backend,
-            device=where,
-            ranks=self.ranks,
-            transport=self.transport,
+            program, tensors, ranks=self.ranks, transport=self.transport, **how
         )
 
 

@@ -77,8 +77,15 @@ def local_executor(compiled: CompiledModel) -> LocalExecutor:
     """What runs all ranks of a compiled model in this process.
 
     Raises:
-        UsageError: it runs one rank a process.
+        UsageError: it runs one rank a process, or several blocks as one.
     """
+    if compiled.executor.blocks_per_graph != 1:
+        raise UsageError(
+            "Calibration and distillation run a model block by block.",
+            where="model",
+            found=f"a model compiled with blocks_per_graph={compiled.executor.blocks_per_graph}",
+            fix="compile it with blocks_per_graph=1",
+        )
     if not isinstance(compiled.executor, LocalExecutor):
         raise UsageError(
             "Calibration and distillation run all ranks in one process.",

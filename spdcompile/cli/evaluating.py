@@ -53,6 +53,7 @@ def evaluate_model(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype and getattr(torch, arguments.dtype),
         vocab=arguments.vocab,
         transport=arguments.transport,
+        blocks_per_graph=arguments.blocks_per_graph,
     )
     reference = None
     if arguments.reference != "none":

@@ -34,6 +34,7 @@ def generate_text(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype and getattr(torch, arguments.dtype),
         vocab=arguments.vocab,
         transport=arguments.transport,
+        blocks_per_graph=arguments.blocks_per_graph,
     )
     prompt = tokenizer(arguments.prompt, return_tensors="pt")
     torch.manual_seed(arguments.seed)

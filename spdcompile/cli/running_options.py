@@ -26,6 +26,13 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="between ranks under torchrun: auto (default) is shared memory on one host, else gloo",
     )
+    parser.add_argument(
+        "--blocks-per-graph",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="consecutive blocks compiled as one (default 1): starts slower, steps faster",
+    )
 
 
 def add_storage_options(parser: argparse.ArgumentParser) -> None:

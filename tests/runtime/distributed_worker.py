@@ -37,6 +37,7 @@ class Case(NamedTuple):
     router: Router = Router.EXACT
     intermediate: int = 50
     transport: str = "auto"
+    blocks_per_graph: int = 1
 
     def model(self) -> PreTrainedModel:
         sizes = {"layers": 2, "hidden": 32, "heads": 4, "intermediate": self.intermediate}
@@ -54,6 +55,7 @@ class Case(NamedTuple):
             executor=executor,
             backend=self.backend,
             transport=self.transport,
+            blocks_per_graph=self.blocks_per_graph,
         )
         return [compiled(*case_inputs(length)).logits for length in self.lengths]
 
@@ -81,6 +83,9 @@ CASES = {
         "mixtral", ALL_ATTENTION, router=Router.REPLICATED, intermediate=48
     ),
     "llama, inductor, attn dropped": Case("llama", ALL_ATTENTION, "inductor", (9, 5)),
+    "llama, inductor, both blocks as one": Case(
+        "llama", ATTENTION, "inductor", (9, 5), blocks_per_graph=2
+    ),
     "llama, gloo": Case("llama", ATTENTION, transport="process-group"),
     "llama, shared memory": Case("llama", ATTENTION, transport="shared-memory"),
 }
