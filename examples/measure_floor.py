@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 examples/measure_floor.py [--dtype bfloat16]
 
-Rounds take three things in turn, each three times, all ranks at once: the step; a sum over each
+Rounds take these in turn, each three times, all ranks at once: the step, by a graph a block and by
+`--blocks` blocks a graph; a sum over each
 weight that the step multiplies by, which is what reading them takes torch; those products alone.
 Weights are random, of the model that the benchmarks use.
 """
@@ -36,14 +37,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--blocks", type=int, default=8)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL)).eval()
-    compiled = spdcompile.compile(model.to(getattr(torch, args.dtype)), tp=launched_world_size())
-    weights = weights_of(compiled)
+    model, tp = model.to(getattr(torch, args.dtype)), launched_world_size()
+    by_block, joined = (
+        spdcompile.compile(model, tp=tp, blocks_per_graph=blocks) for blocks in (1, args.blocks)
+    )
+    weights = weights_of(by_block)
     ways: dict[str, Callable[[], object]] = {
-        "a step": step_of(compiled),
+        "a step, a graph a block": step_of(by_block),
+        f"a step, {args.blocks} blocks a graph": step_of(joined),
         "reading its weights": lambda: [weight.sum() for weight in weights],
         "its products": products_of(weights),
     }

@@ -88,7 +88,8 @@ class Maker:
 
     def _own(self, variant: Variant) -> Subject:
         compiled = self._shared(
-            f"{variant.kind} {variant.transport}", lambda: self._compile(variant)
+            f"{variant.kind} {variant.transport} {variant.blocks_per_graph}",
+            lambda: self._compile(variant),
         )
         mask = self._settings.masks.get(variant.mask)
         return Compiled(compiled if mask is None else compiled.with_mask(mask))
@@ -101,6 +102,7 @@ class Maker:
             backend=self._settings.backend,
             dtype=self._settings.torch_dtype,
             transport=variant.transport or "auto",
+            blocks_per_graph=variant.blocks_per_graph,
             timeout=self._settings.timeout,  # rank 0 runs some variants while the others wait
         )
 

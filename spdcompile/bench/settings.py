@@ -72,6 +72,7 @@ class BenchSettings:
         rounds: in each, every step of every variant is timed once.
         threads: of each rank.
         backend: "inductor", or "eager" for programs that are traced and not compiled.
+        blocks_per_graph: each number makes variants of this compiler's with so many blocks a graph.
         only: names of variants; empty for all.
         memory: measure the peak memory of each variant in a launch of its own, too.
         timeout: seconds of a launch.
@@ -87,6 +88,7 @@ class BenchSettings:
     rounds: int = 20
     threads: int = 1
     backend: str = "inductor"
+    blocks_per_graph: tuple[int, ...] = (1,)
     only: tuple[str, ...] = ()
     memory: bool = False
     timeout: float = 3600

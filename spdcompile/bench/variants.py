@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import product
+from typing import Any
 
 from spdcompile.bench.settings import BenchSettings
 
@@ -41,6 +43,7 @@ class Variant:
         compiled: torch.compile is applied to a model of transformers.
         transport: of a program of this compiler's.
         mask: what this drops, by its name in the settings; "" for nothing.
+        blocks_per_graph: of a program of this compiler's.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Variant:
     compiled: bool = False
     transport: str = ""
     mask: str = ""
+    blocks_per_graph: int = 1
 
 
 def variants_of(settings: BenchSettings) -> list[Variant]:
@@ -79,11 +83,13 @@ def _peers(settings: BenchSettings) -> Iterator[Variant]:
 def _own(settings: BenchSettings) -> Iterator[Variant]:
     tp, threads = settings.tp, settings.threads
     every = tp * threads
-    for mask in ("", *settings.masks):
-        end = f"/{mask}" if mask else ""
-        words = f", attention dropped: {mask}" if mask else ""
-        label = f"spdcompile, one process, {_threads(every)}{words}"
-        yield Variant(f"spd-local{end}", label, Kind.LOCAL, every, ranks=1, mask=mask)
+    for blocks, mask in product(settings.blocks_per_graph, ("", *settings.masks)):
+        end = (f"@{blocks}" if blocks > 1 else "") + (f"/{mask}" if mask else "")
+        words = f", {blocks} blocks a graph" if blocks > 1 else ""
+        words += f", attention dropped: {mask}" if mask else ""
+        same: dict[str, Any] = {"mask": mask, "blocks_per_graph": blocks}
+        alone = f"spdcompile, one process, {_threads(every)}{words}"
+        yield Variant(f"spd-local{end}", alone, Kind.LOCAL, every, ranks=1, **same)
         for name, label, transport in _TRANSPORTS:
             yield Variant(
                 f"{name}{end}",
@@ -92,7 +98,7 @@ def _own(settings: BenchSettings) -> Iterator[Variant]:
                 threads,
                 tp,
                 transport=transport,
-                mask=mask,
+                **same,
             )
 
 

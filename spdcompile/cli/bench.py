@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("inductor", "eager"),
         help="inductor (default); eager traces what is compiled and lowers nothing",
     )
+    parser.add_argument(
+        "--blocks-per-graph",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="of this compiler's variants, each N by itself (default 1)",
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="these variants")
     parser.add_argument(
         "--memory",

@@ -58,6 +58,8 @@ def _settings(arguments: argparse.Namespace, num_layers: int) -> BenchSettings:
         "new_tokens": arguments.new_tokens,
         "rounds": arguments.rounds,
         "backend": arguments.backend,
+        "blocks_per_graph": arguments.blocks_per_graph
+        and tuple(dict.fromkeys(arguments.blocks_per_graph)),
     }
     chosen = {name: value for name, value in given.items() if value is not None}
     return BenchSettings(
