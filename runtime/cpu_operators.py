@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx
 from torch.nn.functional import linear
 
@@ -14,10 +16,17 @@ from spdcompile.passes.ops import ATTEND_CACHED
 from spdcompile.runtime.native import CannotBuildError, load_library
 
 _LOG = get_logger(Component.RUNTIME)
+_ROWS, _SIZE = 128, 1024  # of a product that is timed both ways
+_ROUNDS = 5
+_CLEARLY = 0.9
 
 
-def use_cpu_operators(module: fx.GraphModule) -> None:
-    """Puts our operators into a graph, if there is a compiler to build them."""
+def use_cpu_operators(module: fx.GraphModule, *, widens: bool = False) -> None:
+    """Puts our operators into a graph, if there is a compiler to build them.
+
+    Args:
+        widens: whether products of many rows in bfloat16 are taken in float32.
+    """
     if not _are_built():
         return
     ours = {
@@ -25,6 +34,8 @@ def use_cpu_operators(module: fx.GraphModule) -> None:
         ATTEND_CACHED: torch.ops.spd_cpu.attend_cached.default,
     }
     for node in module.graph.nodes:
+        if widens and node.target is torch.ops.aten.linear.default:
+            node.kwargs = {**node.kwargs, "widens": True}
         node.target = ours.get(node.target, node.target)
     module.recompile()
 
@@ -32,6 +43,37 @@ def use_cpu_operators(module: fx.GraphModule) -> None:
 def linear_on_cpu() -> Callable[[Tensor, Tensor], Tensor]:
     """What multiplies x [..., k] by a weight [n, k] on a rank."""
     return torch.ops.spd_cpu.linear.default if _are_built() else linear
+
+
+@cache
+def widening_pays(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether products of many rows in bfloat16 are faster in float32, weights widened on the way.
+
+    They are where a processor has no instructions for bfloat16, or slow ones. All ranks must do
+    alike, or what they compute in common would differ in its last bits: the first one's watch
+    decides.
+
+    Args:
+        group: its ranks, each of which calls this; None for a rank by itself.
+    """
+    pays = _are_built() and _widening_is_faster()
+    if group is None:
+        return pays
+    decided = torch.tensor(pays)
+    dist.broadcast(decided, group=group, group_src=0)
+    return bool(decided)
+
+
+def _widening_is_faster() -> bool:
+    x = torch.ones(_ROWS, _SIZE, dtype=torch.bfloat16)
+    weight = torch.ones(_SIZE, _SIZE, dtype=torch.bfloat16)
+    least = {False: float("inf"), True: float("inf")}
+    for _ in range(_ROUNDS):
+        for widens in least:
+            began = time.perf_counter()
+            torch.ops.spd_cpu.linear(x, weight, None, widens)
+            least[widens] = min(least[widens], time.perf_counter() - began)
+    return least[True] < _CLEARLY * least[False]
 
 
 @cache
@@ -46,7 +88,9 @@ def _are_built() -> bool:
     return True
 
 
-def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, widens: bool = False
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -37,13 +37,14 @@ class DistributedExecutor(RankExecutor):
         transport: Transport = Transport.AUTO,
         blocks_per_graph: int = 1,
     ) -> None:
-        self.ranks, self.group = ranks, ranks.group
+        self.ranks = ranks
         super().__init__(
             program,
             tensors,
             backend=backend,
             device=device,
             collectives=collectives_of(ranks.group, device, transport),
+            group=ranks.group,
             blocks_per_graph=blocks_per_graph,
         )
 

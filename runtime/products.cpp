@@ -27,22 +27,36 @@ using spd::kLanes;
 using spd::load;
 using spd::Vector;
 
-constexpr int64_t kMostRows = 4;            // in float32; more are a matter of arithmetic
-constexpr int64_t kMostNarrowRows = 3;      // in bfloat16, which has to be widened
+constexpr int64_t kMostRows = 8;            // more are a matter of arithmetic
 constexpr int64_t kLeastBytes = 32 * 1024;  // of a weight that a thread is worth waking for
-constexpr int kChains = 2;                  // of sums that need not wait for each other
+constexpr int64_t kLine = 64;               // bytes of a cache line
+constexpr int64_t kAhead = 4096;            // bytes that are asked for before they are needed
+constexpr int64_t kLeastWidenedRows = 64;   // fewer do not make up for widening the weight
+constexpr int64_t kPanelBytes = 1 << 20;    // of a widened weight, which is to stay in a cache
 
 // sums[row] = the product of one row of the weight with each row of x [rows, size].
 template <int rows, typename T>
 void dot(const T* weight, const float* x, int64_t size, float* sums) {
+  constexpr int kChains = rows > 4 ? 2 : 4;  // of sums that need not wait for each other
   Vector partial[rows][kChains] = {};
   int64_t i = 0;
   for (; i + kChains * kLanes <= size; i += kChains * kLanes) {
+    // A processor looks only so many instructions ahead, and bfloat16 takes more of them a byte.
+    const char* next = reinterpret_cast<const char*>(weight + i) + kAhead;
+    for (int64_t line = 0; line < kChains * kLanes * static_cast<int64_t>(sizeof(T)); line += kLine) {
+      __builtin_prefetch(next + line);
+    }
     for (int chain = 0; chain < kChains; ++chain) {
       const Vector weights = load(weight + i + chain * kLanes);
       for (int row = 0; row < rows; ++row) {
         partial[row][chain] += weights * load(x + row * size + i + chain * kLanes);
       }
+    }
+  }
+  for (; i + kLanes <= size; i += kLanes) {
+    const Vector weights = load(weight + i);
+    for (int row = 0; row < rows; ++row) {
+      partial[row][0] += weights * load(x + row * size + i);
     }
   }
   for (int row = 0; row < rows; ++row) {
@@ -88,7 +102,11 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const at::Tens
     case 1: multiply<1>(left, right, offset, target, count, size); break;
     case 2: multiply<2>(left, right, offset, target, count, size); break;
     case 3: multiply<3>(left, right, offset, target, count, size); break;
-    default: multiply<4>(left, right, offset, target, count, size); break;
+    case 4: multiply<4>(left, right, offset, target, count, size); break;
+    case 5: multiply<5>(left, right, offset, target, count, size); break;
+    case 6: multiply<6>(left, right, offset, target, count, size); break;
+    case 7: multiply<7>(left, right, offset, target, count, size); break;
+    default: multiply<8>(left, right, offset, target, count, size); break;
   }
   return out;
 }
@@ -126,9 +144,49 @@ at::Tensor of_many_rows(
   return at::linear(x, weight, bias).contiguous();
 }
 
-// x [..., k], weight [n, k], bias [n] -> [..., n], contiguous.
-at::Tensor linear(
+void widen(const at::BFloat16* from, int64_t count, float* to) {
+  constexpr int64_t grain = kLeastBytes / (kLanes * sizeof(at::BFloat16));
+  at::parallel_for(0, count / kLanes, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first * kLanes; i < last * kLanes; i += kLanes) {
+      __builtin_prefetch(from + i + kAhead);
+      spd::store(load(from + i), to + i);
+    }
+  });
+  for (int64_t i = count / kLanes * kLanes; i < count; ++i) {
+    to[i] = static_cast<float>(from[i]);
+  }
+}
+
+// x [..., k], weight [n, k], bias [n] -> [..., n], all in bfloat16, multiplied in float32: some rows
+// of the weight are widened at a time, so that they lie in a cache when they are multiplied.
+at::Tensor widened(
     const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const int64_t count = weight.size(0), size = weight.size(1), rows = x.numel() / size;
+  const int64_t most = std::max<int64_t>(1, kPanelBytes / (size * static_cast<int64_t>(sizeof(float))));
+  const at::Tensor wide = x.reshape({rows, size}).to(at::kFloat);
+  const at::Tensor panel = at::empty({std::min(most, count), size}, wide.options());
+  at::Tensor out = at::empty({rows, count}, x.options());
+  for (int64_t first = 0; first < count; first += most) {
+    const int64_t here = std::min(most, count - first);
+    const at::Tensor some = panel.narrow(0, 0, here);
+    const at::BFloat16* from = weight.const_data_ptr<at::BFloat16>() + first * size;
+    widen(from, here * size, some.mutable_data_ptr<float>());
+    at::Tensor product = of_many_rows(wide, some, std::nullopt);
+    if (bias.has_value() && bias->defined()) {
+      product.add_(bias->narrow(0, first, here));
+    }
+    out.narrow(1, first, here).copy_(product);
+  }
+  auto sizes = x.sizes().vec();
+  sizes.back() = count;
+  return out.view(sizes);
+}
+
+// x [..., k], weight [n, k], bias [n] -> [..., n], contiguous. widens: whether many rows in bfloat16
+// are multiplied in float32.
+at::Tensor linear(
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    bool widens) {
   const int64_t size = weight.size(-1), rows = size > 0 ? x.numel() / size : 0;
   const at::Tensor* offset = bias.has_value() && bias->defined() ? &*bias : nullptr;
   const auto type = weight.scalar_type();
@@ -139,8 +197,11 @@ at::Tensor linear(
     if (type == at::kFloat) {
       return rows <= kMostRows ? product<float>(x, weight, offset) : of_many_rows(x, weight, bias);
     }
-    if (type == at::kBFloat16 && rows <= kMostNarrowRows) {
+    if (type == at::kBFloat16 && rows <= kMostRows) {
       return product<at::BFloat16>(x, weight, offset);
+    }
+    if (type == at::kBFloat16 && widens && rows >= kLeastWidenedRows) {
+      return widened(x, weight, bias);
     }
   }
   return at::linear(x, weight, bias).contiguous();
@@ -148,7 +209,8 @@ at::Tensor linear(
 
 // With a gradient it is torch's own operator, which has one.
 at::Tensor differentiable_linear(
-    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+    const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+    bool widens) {
   const bool wanted = x.requires_grad() || weight.requires_grad() ||
       (bias.has_value() && bias->requires_grad());
   if (at::GradMode::is_enabled() && wanted) {
@@ -156,15 +218,15 @@ at::Tensor differentiable_linear(
   }
   static const auto operation = c10::Dispatcher::singleton()
       .findSchemaOrThrow("spd_cpu::linear", "")
-      .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&)>();
+      .typed<decltype(linear)>();
   at::AutoDispatchBelowADInplaceOrView below;
-  return operation.call(x, weight, bias);
+  return operation.call(x, weight, bias, widens);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(spd_cpu, library) {
-  library.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+  library.def("linear(Tensor x, Tensor weight, Tensor? bias=None, bool widens=False) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(spd_cpu, CPU, library) {

@@ -33,11 +33,14 @@ inline void store(Vector vector, float* to) {
 }
 
 inline float total(Vector vector) {
-  float sum = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    sum += vector[lane];
+  float lanes[kLanes];
+  std::memcpy(lanes, &vector, sizeof(vector));
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) {
+      lanes[lane] += lanes[lane + half];
+    }
   }
-  return sum;
+  return lanes[0];
 }
 
 }  // namespace spd

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spdcompile.runtime import native
-from spdcompile.runtime.cpu_operators import use_cpu_operators
+from spdcompile.runtime.cpu_operators import use_cpu_operators, widening_pays
 from tests.compare import rel_err
 from tests.runtime.test_compiled_operators import Counting
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float64: 1e-14}
-ROWS = (1, 2, 3, 4, 5, 17)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17)
 SIZES = (1, 15, 33, 100, 1000)  # none of which is a multiple of a vector's
 COUNT = 29
 
@@ -33,6 +33,14 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear(x.double(), weight.double(), None if bias is None else bias.double())
 
 
+def linear_and_relu() -> torch.fx.GraphModule:
+    graph = torch.fx.Graph()
+    operands = [graph.placeholder(name) for name in ("x", "weight")]
+    made = graph.call_function(torch.ops.aten.linear.default, tuple(operands))
+    graph.output(graph.call_function(torch.ops.aten.relu.default, (made,)))
+    return torch.fx.GraphModule({}, graph)
+
+
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("has_bias", (False, True))
 def test_product_is_exact_up_to_one_rounding(dtype: torch.dtype, has_bias: bool) -> None:
@@ -45,11 +53,39 @@ def test_product_is_exact_up_to_one_rounding(dtype: torch.dtype, has_bias: bool)
             assert rel_err(found.double(), exact(x, weight, bias)) < BOUNDS[dtype], (rows, size)
 
 
+@pytest.mark.parametrize("rows", [63, 64, 130])
+@pytest.mark.parametrize("shape", [(29, 100), (300, 1030), (1, 7), (2, 600_000), (5, 300_000)])
+def test_widened_product_is_exact_up_to_one_rounding(rows: int, shape: tuple[int, int]) -> None:
+    count, size = shape
+    x, weight = (torch.randn(n, size).bfloat16() for n in (rows, count))
+    for bias in (None, torch.randn(count).bfloat16()):
+        found = torch.ops.spd_cpu.linear(x.view(1, rows, size), weight, bias, widens=True)
+        assert found.dtype == torch.bfloat16 and found.shape == (1, rows, count)
+        assert rel_err(found[0].double(), exact(x, weight, bias)) < BOUNDS[torch.bfloat16]
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
 def test_many_rows_are_one_dnns() -> None:
     with torch.profiler.profile() as profile:
         product(torch.randn(17, 100), torch.randn(COUNT, 100))
     assert "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+def test_widened_products_are_one_dnns_in_float32() -> None:
+    x, weight = torch.randn(64, 100).bfloat16(), torch.randn(COUNT, 100).bfloat16()
+    for widens, name in ((True, "mkldnn::_linear_pointwise"), (False, "aten::linear")):
+        with torch.profiler.profile() as profile:
+            torch.ops.spd_cpu.linear(x, weight, None, widens)
+        assert name in {event.key for event in profile.key_averages()}
+
+
+def test_what_is_faster_is_measured_and_put_into_the_graph() -> None:
+    assert widening_pays() in (True, False)
+    for widens in (True, False):
+        module = linear_and_relu()
+        use_cpu_operators(module, widens=widens)
+        assert ("widens = True" in module.code) == widens
 
 
 def test_threads_do_not_change_a_bit() -> None:
@@ -95,16 +131,12 @@ def test_product_has_the_gradient_of_linear() -> None:
 
 
 def test_one_graph_serves_every_number_of_rows() -> None:
-    graph = torch.fx.Graph()
-    operands = [graph.placeholder(name) for name in ("x", "weight")]
-    made = graph.call_function(torch.ops.aten.linear.default, tuple(operands))
-    graph.output(graph.call_function(torch.ops.aten.relu.default, (made,)))
-    module = torch.fx.GraphModule({}, graph)
+    module = linear_and_relu()
     use_cpu_operators(module)
     assert "spd_cpu" in module.code
     backend, weight = Counting(), torch.nn.Parameter(torch.randn(COUNT, 40), requires_grad=False)
     compiled = torch.compile(module, backend=backend, dynamic=True)
-    for rows in (7, 2, 5, 3):
+    for rows in (7, 2, 5, 80, 3):
         x = torch.randn(rows, 40)
         assert rel_err(compiled(x, weight).double(), exact(x, weight).relu()) < 1e-6
     assert backend.count == 1
