@@ -27,8 +27,9 @@ from spdcompile.compiled import CompiledModel
 from spdcompile.estimate.estimates import estimate_of, steps_of
 from spdcompile.estimate.links import Link, Timed, fitted
 from spdcompile.estimate.machines import Machines
-from spdcompile.estimate.measuring_links import LINKS, burst, trials_of, typical
+from spdcompile.estimate.measuring_links import LINKS, burst, trials_of
 from spdcompile.estimate.structure import Structure
+from spdcompile.estimate.timing import typical
 from spdcompile.plan import Plan, attention_points
 
 WIDTHS, LAYERS, LENGTH = (256, 512, 1024), 4, 128

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from spdcompile.estimate.counting import Kind
 from spdcompile.estimate.links import Timed
+from spdcompile.estimate.timing import typical
 from spdcompile.runtime.faults import PATIENCE_S
 from spdcompile.runtime.shared_memory import why_not_shared
 from spdcompile.runtime.transport import Transport, collectives_of
@@ -74,12 +75,6 @@ def timed(trials: Mapping[str, Sequence[Trial]], ranks: int, rounds: int) -> dic
         ]
         for name, each in trials.items()
     }
-
-
-def typical(times: Sequence[float]) -> float:
-    """Mean of all but the slowest tenth: means of parts add up to that of the whole."""
-    kept = sorted(times)[: len(times) - len(times) // 10]
-    return sum(kept) / len(kept)
 
 
 def burst(trial: Trial) -> float:

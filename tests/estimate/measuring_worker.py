@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from spdcompile.estimate import measuring_links, measuring_rank
+from spdcompile.estimate import measuring_host, measuring_links, measuring_rank, timing
 
 FEWER = {
     measuring_rank: {
@@ -14,12 +14,10 @@ FEWER = {
         "_STREAMS": (2**14, 2**16),
         "_FUSED": (8,),
         "_TOKENS": (8,),
-        "_USUAL": 128,
-        "_SECONDS": 0.01,
-        "_MOST_ROUNDS": 4,
-        "_FEWEST_ROUNDS": 2,
         "_LINK_ROUNDS": 4,
     },
+    measuring_host: {"_WIDTHS": (64, 128), "_LAYERS": (1, 2)},
+    timing: {"_SECONDS": 0.01, "_MOST_ROUNDS": 4, "_FEWEST_ROUNDS": 2},
     measuring_links: {"_REDUCED": (2**10, 2**14), "_GATHERED": (2**12,), "_BURST": 2},
 }
 
