@@ -41,7 +41,7 @@ def make_random(folder: Path, size: str) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def start_main(how: str, source: str, target: str, tp: int) -> None:
+def start_main(how: str, source: str, target: str, tp: int, blocks: int) -> None:
     """Starts once; prints the seconds of each step as JSON."""
     begin = time.perf_counter()
     import torch
@@ -50,7 +50,10 @@ def start_main(how: str, source: str, target: str, tp: int) -> None:
 
     torch.set_num_threads(1)
     times = [time.perf_counter()]
-    compiled = spdcompile.compile(source, tp=tp) if how == "first" else spdcompile.load(target)
+    if how == "first":
+        compiled = spdcompile.compile(source, tp=tp, blocks_per_graph=blocks)
+    else:
+        compiled = spdcompile.load(target, blocks_per_graph=blocks)
     times.append(time.perf_counter())
     tokens = compiled.generate(torch.arange(8)[None], max_new_tokens=1, do_sample=False)
     times.append(time.perf_counter())
@@ -61,27 +64,34 @@ def start_main(how: str, source: str, target: str, tp: int) -> None:
         print(json.dumps({"seconds": seconds, "token": int(tokens[0, -1])}))
 
 
-def measured(how: str, source: Path, folder: Path, tp: int, ranks: bool) -> dict[str, object]:
+def measured(
+    how: str, source: Path, folder: Path, options: argparse.Namespace
+) -> dict[str, object]:
     """What one start took."""
+    tp = options.tp
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={tp}"]
-    command = [sys.executable, *(torchrun if ranks else []), __file__]
+    command = [sys.executable, *(torchrun if options.ranks else []), __file__]
     command += ["--being", how, str(source), str(folder / "saved")]
     environment = {**os.environ, "SPD_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     ended = subprocess.run(
-        [*command, "--tp", str(tp)], env=environment, check=True, capture_output=True, text=True
+        [*command, "--tp", str(tp), "--blocks-per-graph", str(options.blocks_per_graph)],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return json.loads(ended.stdout.splitlines()[-1])
 
 
-def table(name: str, source: Path, rounds: int, tp: int, ranks: bool) -> list[list[object]]:
+def table(name: str, source: Path, options: argparse.Namespace) -> list[list[object]]:
     """Rows: each step of both starts, their sums, and the ratio round by round."""
     found: dict[str, list[list[float]]] = {"first": [], "second": []}
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         with tempfile.TemporaryDirectory() as folder:
             tokens = set()
             for how, times in found.items():
-                start = measured(how, source, Path(folder), tp, ranks)
+                start = measured(how, source, Path(folder), options)
                 times.append(start["seconds"])
                 tokens.add(start["token"])
             assert len(tokens) == 1, "both starts give the same token"
@@ -101,26 +111,26 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--random", nargs="*", default=["32x256"], metavar="LAYERSxWIDTH")
     parser.add_argument("--ranks", action="store_true", help="one process a rank, by torchrun")
+    parser.add_argument("--blocks-per-graph", type=int, default=1, metavar="N")
     parser.add_argument("--being", nargs=3, help=argparse.SUPPRESS)
     settings = parser.parse_args()
     if settings.being:
-        start_main(*settings.being, settings.tp)
+        start_main(*settings.being, settings.tp, settings.blocks_per_graph)
         return
     import torch
     import transformers
     from tabulate import tabulate
 
-    how = (settings.rounds, settings.tp, settings.ranks)
-    rows = table("bundled, 8 layers", BUNDLED, *how)
+    rows = table("bundled, 8 layers", BUNDLED, settings)
     for size in settings.random:
         with tempfile.TemporaryDirectory() as folder:
             make_random(Path(folder), size)
-            rows += table(f"random, {size}", Path(folder), *how)
+            rows += table(f"random, {size}", Path(folder), settings)
     headers = ["model", "start", *(f"{step} (s)" for step in STEPS), "all (s)", "second / first"]
     print(tabulate(rows, headers, tablefmt="github", floatfmt=(*[".1f"] * 6, ".3f")))
     print(
         f"\ntp {settings.tp}, {'torchrun' if settings.ranks else 'local executor'}, "
-        f"{settings.rounds} rounds, medians; "
+        f"blocks per graph {settings.blocks_per_graph}, {settings.rounds} rounds, medians; "
         f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
     )

@@ -14,6 +14,7 @@ FEWER = {
         "_STREAMS": (2**14, 2**16),
         "_FUSED": (8,),
         "_TOKENS": (8,),
+        "_SWEEPS": 2,
         "_LINK_ROUNDS": 4,
     },
     measuring_host: {"_WIDTHS": (64, 128), "_LAYERS": (1, 2)},
