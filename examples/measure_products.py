@@ -48,8 +48,8 @@ def main() -> None:
         print(tabulate(rows, headers, tablefmt="pipe", floatfmt=".2f"))
         wide = f", many rows in bfloat16 are widened here: {'yes' if chosen else 'no'}"
         print(
-            f"\n{WEIGHTS} weights of [{WIDTH}, {WIDTH}], {dist.get_world_size()} ranks at once, one "
-            f"thread each, until the last is done{wide if dtype is torch.bfloat16 else ''}; "
+            f"\n{WEIGHTS} weights of [{WIDTH}, {WIDTH}], {dist.get_world_size()} ranks at once, "
+            f"one thread each, until the last is done{wide if dtype is torch.bfloat16 else ''}; "
             f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
             f"{date.today()}"
         )
