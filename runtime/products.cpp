@@ -15,8 +15,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <string_view>
+#include <utility>
 
 #include "vectors.h"
 
@@ -24,20 +26,30 @@ namespace spd::products {
 namespace {
 
 using spd::kLanes;
+using spd::kRegisters;
 using spd::load;
 using spd::Vector;
 
-constexpr int64_t kMostRows = 8;            // more are a matter of arithmetic
+constexpr int kMostRows = kRegisters > 8 ? 8 : 4;  // more are a matter of arithmetic
 constexpr int64_t kLeastBytes = 32 * 1024;  // of a weight that a thread is worth waking for
 constexpr int64_t kLine = 64;               // bytes of a cache line
 constexpr int64_t kAhead = 4096;            // bytes that are asked for before they are needed
 constexpr int64_t kLeastWidenedRows = 64;   // fewer do not make up for widening the weight
 constexpr int64_t kPanelBytes = 1 << 20;    // of a widened weight, which is to stay in a cache
 
+// How many sums of a row need not wait for each other, as far as there are registers for them.
+constexpr int chains_of(int rows) {
+  int chains = 4;
+  while (chains > 1 && chains * rows > kRegisters / 2) {
+    chains /= 2;
+  }
+  return chains;
+}
+
 // sums[row] = the product of one row of the weight with each row of x [rows, size].
 template <int rows, typename T>
 void dot(const T* weight, const float* x, int64_t size, float* sums) {
-  constexpr int kChains = rows > 4 ? 2 : 4;  // of sums that need not wait for each other
+  constexpr int kChains = chains_of(rows);
   Vector partial[rows][kChains] = {};
   int64_t i = 0;
   for (; i + kChains * kLanes <= size; i += kChains * kLanes) {
@@ -88,6 +100,16 @@ void multiply(const float* x, const T* weight, const T* bias, T* out, int64_t co
 }
 
 template <typename T>
+using Multiply = void (*)(const float*, const T*, const T*, T*, int64_t, int64_t);
+
+// What multiplies 1, 2, ... rows.
+template <typename T, int... before>
+constexpr std::array<Multiply<T>, sizeof...(before)> multiplications(
+    std::integer_sequence<int, before...>) {
+  return {multiply<before + 1, T>...};
+}
+
+template <typename T>
 at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const at::Tensor* bias) {
   const int64_t count = weight.size(0), size = weight.size(1), rows = x.numel() / size;
   auto sizes = x.sizes().vec();
@@ -98,16 +120,8 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const at::Tens
   const T* right = weight.const_data_ptr<T>();
   const T* offset = bias == nullptr ? nullptr : bias->const_data_ptr<T>();
   T* target = out.mutable_data_ptr<T>();
-  switch (rows) {
-    case 1: multiply<1>(left, right, offset, target, count, size); break;
-    case 2: multiply<2>(left, right, offset, target, count, size); break;
-    case 3: multiply<3>(left, right, offset, target, count, size); break;
-    case 4: multiply<4>(left, right, offset, target, count, size); break;
-    case 5: multiply<5>(left, right, offset, target, count, size); break;
-    case 6: multiply<6>(left, right, offset, target, count, size); break;
-    case 7: multiply<7>(left, right, offset, target, count, size); break;
-    default: multiply<8>(left, right, offset, target, count, size); break;
-  }
+  constexpr auto functions = multiplications<T>(std::make_integer_sequence<int, kMostRows>());
+  functions[rows - 1](left, right, offset, target, count, size);
   return out;
 }
 

@@ -11,6 +11,11 @@
 namespace spd {
 
 constexpr int64_t kLanes = 16;
+#ifdef __AVX512F__
+constexpr int kRegisters = 32;  // vectors that the registers hold
+#else
+constexpr int kRegisters = 8;
+#endif
 
 using Vector = float __attribute__((vector_size(kLanes * sizeof(float))));
 using Words = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
