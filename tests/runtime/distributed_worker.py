@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +21,7 @@ import spdcompile
 from spdcompile import Plan, Router
 from spdcompile.errors import SpdCompileError
 from spdcompile.passes.ops import SYNC
+from spdcompile.runtime import cpu_operators
 from spdcompile.runtime.collectives import OfGatheredParts, OfProcessGroup, lower_collectives
 from tests.models import left_padded, tiny, token_ids
 
@@ -150,11 +152,23 @@ def _both_sums(rank: int) -> list[Tensor]:
     return sums
 
 
+def _whether_to_widen(rank: int) -> list[Tensor]:
+    """What is decided where the ranks' own measurements differ, one way round and the other."""
+    decide, group = cpu_operators.widening_pays.__wrapped__, torch.distributed.group.WORLD
+    found = []
+    for first in (True, False):
+        own = first if rank == 0 else not first
+        with patch.object(cpu_operators, "_widening_is_faster", lambda own=own: own):
+            found.append(torch.tensor(decide(group)))
+    return found
+
+
 ATTEMPTS: dict[str, Callable[[int], list[Tensor]]] = {
     "different plans": _different_plans,
     "wrong tp": _wrong_tp,
     "chosen by WORLD_SIZE": _chosen_by_world_size,
     "both sums": _both_sums,
+    "whether to widen": _whether_to_widen,
     "generated in bfloat16": _generate_in_bfloat16,
     "generated from other seeds": _generate_from_other_seeds,
 }

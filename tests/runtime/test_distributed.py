@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import spdcompile
+from spdcompile.runtime.cpu_operators import linear_on_cpu
 from tests.compare import rel_err
 from tests.models import left_padded, tiny, token_ids
 from tests.runtime.distributed_worker import CASES, DRAWN, NOTHING, TP, case_inputs
@@ -147,3 +148,9 @@ def test_parts_gathered_and_added_are_the_sum_over_the_group(results: Results) -
     parts = [torch.randn(3, 5, generator=torch.Generator().manual_seed(rank)) for rank in range(TP)]
     for found in results:
         assert all(torch.equal(total, parts[0] + parts[1]) for total in found["both sums"])
+
+
+def test_first_rank_decides_how_products_are_taken(results: Results) -> None:
+    can_widen = linear_on_cpu() is not torch.nn.functional.linear  # with a compiler
+    for found in results:
+        assert [bool(decided) for decided in found["whether to widen"]] == [can_widen, False]
