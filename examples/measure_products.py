@@ -40,7 +40,7 @@ def main() -> None:
     chosen = widening_pays() if dtype is torch.bfloat16 else False
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ours": linear_on_cpu()}
     if dtype is torch.bfloat16:
-        ways["ours, widened"] = lambda x, w: torch.ops.spd_cpu.linear(x, w, None, True)
+        ways["ours, widened"] = linear_on_cpu(widens=True)
     ways["torch's"] = F.linear
     rows = [(rows, *measured(rows, weights, ways, args.rounds)) for rows in ROWS]
     if dist.get_rank() == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -40,9 +40,15 @@ def use_cpu_operators(module: fx.GraphModule, *, widens: bool = False) -> None:
     module.recompile()
 
 
-def linear_on_cpu() -> Callable[[Tensor, Tensor], Tensor]:
-    """What multiplies x [..., k] by a weight [n, k] on a rank."""
-    return torch.ops.spd_cpu.linear.default if _are_built() else linear
+def linear_on_cpu(*, widens: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+    """What multiplies x [..., k] by a weight [n, k] on a rank.
+
+    Args:
+        widens: as in `use_cpu_operators`.
+    """
+    if not _are_built():
+        return linear
+    return partial(torch.ops.spd_cpu.linear.default, widens=widens)
 
 
 @cache

@@ -21,7 +21,7 @@ from spdcompile.estimate.measuring_host import FEW_ROWS, beside_products, random
 from spdcompile.estimate.measuring_links import timed, trials_of
 from spdcompile.estimate.timing import seconds_together
 from spdcompile.runtime import pages
-from spdcompile.runtime.cpu_operators import linear_on_cpu
+from spdcompile.runtime.cpu_operators import linear_on_cpu, widening_pays
 from spdcompile.runtime.distributed import DistributedExecutor
 
 _ROWS = (1, 4, 8, 32, 128, 512)
@@ -118,7 +118,8 @@ def _sweep(dtype: torch.dtype, meeting: _Meeting) -> Iterator[tuple[tuple[int, i
     Ranks meet after every second one, as in a program: what they wait there for the slowest counts,
     the collective itself does not.
     """
-    multiply = linear_on_cpu()
+    widens = dtype is torch.bfloat16 and widening_pays(dist.group.WORLD)
+    multiply = linear_on_cpu(widens=widens)
     for width in _WIDTHS:
         matrix = width * width * dtype.itemsize
         for size in _SETS:
