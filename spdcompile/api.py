@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from spdcompile.compiled import CompiledModel, agree_on
-from spdcompile.loading import capture_loaded, load_model
+from spdcompile.loading import load_model, lower_loaded
 from spdcompile.log import Component, get_logger
 from spdcompile.models import ModelSource
-from spdcompile.passes import pipeline
 from spdcompile.passes.vocabulary import Vocabulary
 from spdcompile.plan import PLAN_FILE, Plan
 from spdcompile.planning import check_tp, choice, make_plan
@@ -55,13 +53,12 @@ def compile(
         device: where to run; a loaded model's own by default, else the CPU.
         dtype: of parameters read from a directory; that of its config, or its files, by default.
         vocab: "split" (one more all-reduce) or "whole" token embeddings; None goes by 256 MiB.
-        timeout: seconds that ranks may wait for one before it counts as stalled and all of them
-            end; loading and compiling are not counted. 120 by default; SPD_TIMEOUT overrides it.
-        transport: between ranks: "shared-memory" (of one host, on CPU), "process-group" (gloo,
-            NCCL), or "auto", which takes the first where it can.
-        blocks_per_graph: how many consecutive blocks are compiled as one; more take longer to
-            compile and less time a step. Runs of equal blocks are compiled once, so one that
-            divides the number of blocks is best.
+        timeout: seconds that ranks may wait for one before all of them end, without loading and
+            compiling. 120 by default; SPD_TIMEOUT overrides it.
+        transport: between ranks: "shared-memory" (one host, CPU), "process-group" (gloo, NCCL),
+            or "auto", which takes the first where it can.
+        blocks_per_graph: how many consecutive blocks are compiled as one: a slower first start,
+            faster steps. Equal runs are compiled once: best is one that divides the blocks.
 
     Raises:
         CheckpointError: a tensor is missing, extra, misshapen or not finite.
@@ -78,11 +75,7 @@ def compile(
         loaded = load_model(model, dtype)
         _mention_plan(loaded.directory, spd_mask)
         plan = make_plan(loaded.model, tp, spd_mask, head_groups, router)
-        loaded, captured = capture_loaded(loaded)
-        base = pipeline.advance(captured, pipeline.preserving(plan.tp, plan.head_groups, table))
-        lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
-        del captured
-        gc.collect()  # the graph of the whole model, in which nodes point at each other
+        loaded, base, lowering = lower_loaded(loaded, plan, table)
         runner = running.executor(lowering.program, loaded.tensors, loaded.device)
         agree_on(runner, plan, loaded.model, loaded.tensors)
         return CompiledModel(base, lowering, runner, plan, loaded.model, loaded.directory)

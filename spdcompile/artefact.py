@@ -21,7 +21,7 @@ from spdcompile.compiled import CompiledModel, agree_on
 from spdcompile.errors import SaveError, UsageError
 from spdcompile.export import copy_checkpoint
 from spdcompile.files import staged, write_whole
-from spdcompile.loading import Loaded, capture_loaded, load_model
+from spdcompile.loading import Loaded, load_model, lower_loaded
 from spdcompile.log import Component, get_logger
 from spdcompile.manifest import (
     CONSTANTS,
@@ -166,7 +166,7 @@ def load(
             runner = running.executor(programs[0], loaded.tensors, loaded.device)
             compiled: CompiledModel = _Restored(programs, runner, manifest, loaded)
         else:
-            loaded, base, lowering = _lowered(loaded, manifest)
+            loaded, base, lowering = lower_loaded(loaded, manifest.plan, manifest.vocabulary)
             runner = running.executor(lowering.program, loaded.tensors, loaded.device)
             compiled = CompiledModel(
                 base, lowering, runner, manifest.plan, loaded.model, loaded.directory
@@ -198,7 +198,8 @@ class _Restored(CompiledModel):
 
     @cached_property
     def _captured(self) -> tuple[pipeline.Lowering, pipeline.Lowering]:
-        return _lowered(self._loaded, self._manifest)[1:]
+        manifest = self._manifest
+        return lower_loaded(self._loaded, manifest.plan, manifest.vocabulary)[1:]
 
     @property
     def base(self) -> pipeline.Lowering:  # type: ignore[override]
@@ -209,16 +210,6 @@ class _Restored(CompiledModel):
     def lowering(self) -> pipeline.Lowering:  # type: ignore[override]
         """The program that runs, and how it came about."""
         return self._captured[1]
-
-
-def _lowered(
-    loaded: Loaded, manifest: Manifest
-) -> tuple[Loaded, pipeline.Lowering, pipeline.Lowering]:
-    plan = manifest.plan
-    loaded, captured = capture_loaded(loaded)
-    passes = pipeline.preserving(plan.tp, plan.head_groups, manifest.vocabulary)
-    base = pipeline.advance(captured, passes)
-    return loaded, base, pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
 
 
 def _vocabulary(program: Program) -> Vocabulary:

@@ -6,6 +6,7 @@ the files. A checkpoint that is no matter of names, stacks and cuts is loaded wh
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 from spdcompile.log import Component, get_logger
 from spdcompile.models import ModelSource, check_not_quantized, check_weights, resolve_model
 from spdcompile.passes import pipeline
+from spdcompile.passes.vocabulary import Vocabulary
+from spdcompile.plan import Plan
 from spdcompile.runtime._transformers import read_generation_config
 from spdcompile.runtime.checkpoint import ConversionError, open_checkpoint, stored_tensors
 from spdcompile.runtime.stored import Stored
@@ -100,6 +103,26 @@ def capture_loaded(loaded: Loaded) -> tuple[Loaded, pipeline.Lowering]:
         loaded = _whole(loaded.directory, loaded.dtype, reason)
         captured = pipeline.start(loaded.model)
     return loaded, captured
+
+
+def lower_loaded(
+    loaded: Loaded, plan: Plan, vocabulary: Vocabulary
+) -> tuple[Loaded, pipeline.Lowering, pipeline.Lowering]:
+    """Captures a model and runs the passes that a plan asks for.
+
+    Returns: what `capture_loaded` gives for the model, the program before anything is dropped, and
+        the one that runs.
+
+    Raises:
+        CaptureError, UsageError, RefusalError: as in `compile`.
+    """
+    loaded, captured = capture_loaded(loaded)
+    passes = pipeline.preserving(plan.tp, plan.head_groups, vocabulary)
+    base = pipeline.advance(captured, passes)
+    lowering = pipeline.advance(base, pipeline.changing(plan.dropped, plan.router))
+    del captured
+    gc.collect()  # the graph of the whole model, in which nodes point at each other
+    return loaded, base, lowering
 
 
 def _unread(model: PreTrainedModel, directory: Path) -> str:
