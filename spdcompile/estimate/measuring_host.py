@@ -3,7 +3,8 @@
 Each takes what its kernels and collectives take by themselves, and three things more: something for
 the step, something for each block (Python, and what it drives out of the caches), and its products
 of few rows take longer than such products in a row, since memory is idle between them. Programs of
-two depths and two widths tell the three apart. None of them is as small as to stay in the caches
+two depths and three widths tell the three apart: the narrow ones show what is the host's, the wide
+ones how fast products are. None of them is as small as to stay in the caches
 that are next to the processor, where Python is several times as fast.
 """
 
@@ -27,7 +28,7 @@ from spdcompile.estimate.work import Step, work_of
 from spdcompile.runtime.launch import launched_world_size
 
 FEW_ROWS = 8  # of products that take as long as reading the matrix
-_LAYERS, _WIDTHS = (2, 6), (384, 768)
+_LAYERS, _WIDTHS = (2, 6), (384, 768, 1536)
 _CONTEXT = 31  # tokens before those that are timed
 _STEPS = 5  # in a row, so that what ranks wait for each other at a barrier counts little
 
