@@ -30,7 +30,7 @@ using spd::kRegisters;
 using spd::load;
 using spd::Vector;
 
-constexpr int kMostRows = kRegisters > 8 ? 8 : 4;  // more are a matter of arithmetic
+constexpr int kMostRows = kRegisters > 16 ? 8 : 4;  // more are a matter of arithmetic
 constexpr int64_t kLeastBytes = 32 * 1024;  // of a weight that a thread is worth waking for
 constexpr int64_t kLine = 64;               // bytes of a cache line
 constexpr int64_t kAhead = 4096;            // bytes that are asked for before they are needed

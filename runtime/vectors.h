@@ -1,4 +1,4 @@
-// Sixteen numbers at a time, in float32 whatever they are stored as.
+// Several numbers at a time, in float32 whatever they are stored as.
 
 #pragma once
 
@@ -10,11 +10,13 @@
 
 namespace spd {
 
-constexpr int64_t kLanes = 16;
+// As many as a register holds: compilers spill longer vectors to memory.
 #ifdef __AVX512F__
-constexpr int kRegisters = 32;  // vectors that the registers hold
+constexpr int64_t kLanes = 16;
+constexpr int kRegisters = 32;
 #else
-constexpr int kRegisters = 8;
+constexpr int64_t kLanes = 8;
+constexpr int kRegisters = 16;
 #endif
 
 using Vector = float __attribute__((vector_size(kLanes * sizeof(float))));
