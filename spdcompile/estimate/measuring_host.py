@@ -5,7 +5,7 @@ the step, something for each block (Python, and what it drives out of the caches
 of few rows take longer than such products in a row, since memory is idle between them. Programs of
 two depths and three widths tell the three apart: the narrow ones show what is the host's, the wide
 ones how fast products are. None of them is as small as to stay in the caches
-that are next to the processor, where Python is several times as fast.
+that are next to the processor, where Python is faster.
 """
 
 from __future__ import annotations

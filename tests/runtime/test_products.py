@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spdcompile.runtime import native
-from spdcompile.runtime.cpu_operators import use_cpu_operators, widening_pays
+from spdcompile.passes import pipeline
+from spdcompile.runtime import cpu_operators, native, rank
+from spdcompile.runtime.cpu_operators import use_cpu_operators
+from spdcompile.runtime.executor import Backend
+from spdcompile.runtime.replay import ReplayExecutor
 from tests.compare import rel_err
+from tests.models import tiny
 from tests.runtime.test_compiled_operators import Counting
 
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float64: 1e-14}
@@ -80,12 +87,31 @@ def test_widened_products_are_one_dnns_in_float32() -> None:
         assert name in {event.key for event in profile.key_averages()}
 
 
-def test_what_is_faster_is_measured_and_put_into_the_graph() -> None:
-    assert widening_pays() in (True, False)
-    for widens in (True, False):
-        module = linear_and_relu()
-        use_cpu_operators(module, widens=widens)
-        assert ("widens = True" in module.code) == widens
+@pytest.mark.parametrize(("narrow", "wide", "pays"), [(9e-3, 1e-3, True), (1e-3, 9e-3, False)])
+def test_widening_pays_where_it_is_measured_to(
+    narrow: float, wide: float, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleeping(*, widens: bool) -> Callable[..., None]:
+        return lambda x, weight: time.sleep(wide if widens else narrow)
+
+    monkeypatch.setattr(cpu_operators, "linear_on_cpu", sleeping)
+    assert cpu_operators.widening_pays.__wrapped__() is pays
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pays", [True, False])
+def test_ranks_widen_bfloat16_where_it_pays(
+    dtype: torch.dtype, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank, "widening_pays", lambda _: pays)
+    model = tiny("llama", layers=1, hidden=32, heads=4, intermediate=48).to(dtype)
+    lowering = pipeline.advance(pipeline.start(model), pipeline.preserving(2, {}))
+    device = torch.device("cpu")
+    executor = ReplayExecutor(lowering.program, backend=Backend.EAGER, device=device)
+    codes = [built.function.code for built in executor._built.values()]
+    wanted = pays and dtype is torch.bfloat16
+    assert any("spd_cpu.linear" in code for code in codes)
+    assert any("widens = True" in code for code in codes) == wanted
 
 
 def test_threads_do_not_change_a_bit() -> None:
