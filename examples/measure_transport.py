@@ -1,8 +1,8 @@
-"""Measures what an all-reduce takes through shared memory and through gloo, in turn.
+"""Measures what an all-reduce takes through shared memory, sockets and gloo, in turn.
 
     torchrun --standalone --nproc-per-node 2 examples/measure_transport.py
 
-Rounds alternate, so that both meet the same load of the machine. Beside them stands a copy within
+Rounds alternate, so that all meet the same load of the machine. Beside them stands a copy within
 one process, from memory to memory: how fast the machine streams.
 """
 
@@ -20,25 +20,29 @@ from tabulate import tabulate
 from torch import Tensor
 
 from spdcompile.runtime.faults import PATIENCE_S
-from spdcompile.runtime.shared_memory import why_not_shared
+from spdcompile.runtime.shared_memory import SHARED_MEMORY
+from spdcompile.runtime.sockets import SOCKETS
 
 SIZES = {"2 KB": 2**11, "8 KB": 2**13, "32 KB": 2**15, "128 KB": 2**17, "1 MB": 2**20}
 SIZES |= {"8 MB": 2**23, "64 MB": 2**26}
 SECONDS = 1.5  # for each size
 MOST_BYTES = 2**18  # in a row
-SHARED, GLOO, COPY = "shared memory", "gloo", "copy"
+DIRECT = (SHARED_MEMORY, SOCKETS)
+GLOO, COPY = "gloo", "copy"
+WAYS = (*(kind.name for kind in DIRECT), GLOO)
 
 
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     group = dist.group.WORLD
-    if why := why_not_shared(group, PATIENCE_S):
-        raise SystemExit(f"no shared memory: {why}")
+    for kind in DIRECT:
+        if why := kind.why_not(group, PATIENCE_S):
+            raise SystemExit(f"no {kind.name}: {why}")
     rows = [_row(name, size, group) for name, size in SIZES.items()]
     if dist.get_rank() == 0:
-        headers = ["float32", "shared memory: p10", "median", "gloo: p10", "median"]
-        headers += ["shared memory, GB/s", "copy, GB/s"]
+        headers = ["float32", *(f"{way}{which}" for way in WAYS for which in (": p10", ": mean"))]
+        headers += [f"{way}, GB/s" for way in (SHARED_MEMORY.name, SOCKETS.name, COPY)]
         print(tabulate(rows, headers, tablefmt="pipe", disable_numparse=True))
         print(
             f"\nmicroseconds of an all-reduce over {dist.get_world_size()} ranks; GB/s: bytes of "
@@ -61,20 +65,22 @@ def _row(name: str, num_bytes: int, group: dist.ProcessGroup) -> list[str]:
         going.fill_(time.perf_counter() - began < SECONDS)
         dist.broadcast(going, src=0)
     tenth = {way: _quantile(values, 0.1) for way, values in times.items()}
-    cells = [f"{1e6 * x:.0f}" for way in (SHARED, GLOO) for x in (tenth[way], _half(times[way]))]
-    rates = [f"{num_bytes / tenth[way] / 1e9:.1f}" for way in (SHARED, COPY)]
+    cells = [f"{1e6 * x:.0f}" for way in WAYS for x in (tenth[way], _mean(times[way]))]
+    ways = (SHARED_MEMORY.name, SOCKETS.name, COPY)
+    rates = [f"{num_bytes / tenth[way] / 1e9:.1f}" for way in ways]
     return [name, *cells, *rates]
 
 
 def _ways(part: Tensor, group: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
-    shared, functional = torch.ops.spd_shared_memory, torch.ops._c10d_functional
+    functional, name = torch.ops._c10d_functional, group.group_name
     other = torch.empty_like(part)
 
     def through_gloo() -> Tensor:
-        return functional.wait_tensor(functional.all_reduce(part, "sum", group.group_name))
+        return functional.wait_tensor(functional.all_reduce(part, "sum", name))
 
     return {
-        SHARED: lambda: shared.all_reduce(part, group.group_name),
+        SHARED_MEMORY.name: lambda: torch.ops.spd_shared_memory.all_reduce(part, name),
+        SOCKETS.name: lambda: torch.ops.spd_sockets.all_reduce(part, name),
         GLOO: through_gloo,
         COPY: lambda: other.copy_(part),
     }
@@ -88,8 +94,8 @@ def _timed(run: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def _half(values: list[float]) -> float:
-    return _quantile(values, 0.5)
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _quantile(values: list[float], share: float) -> float:

@@ -90,23 +90,33 @@ class OfGatheredParts(OfProcessGroup):
 
 
 @dataclass(frozen=True, slots=True)
-class OfSharedMemory:
-    """Through memory that the ranks of one host share (shared_memory.py), which is open by now."""
+class OfDirect:
+    """By operators of this package (direct.py); what they need is open by now.
 
+    Args:
+        operators: their namespace.
+        name: what carries the tensors, for readers.
+        group: name of the process group.
+        ranks: number of ranks in it.
+    """
+
+    operators: str
+    name: str
     group: str
     ranks: int
-    name = "shared memory"
 
     def all_reduce(self, graph: fx.Graph, partial: fx.Node) -> fx.Node:
-        operator = torch.ops.spd_shared_memory.all_reduce.default
-        return graph.call_function(operator, (partial, self.group))
+        return graph.call_function(self._operator("all_reduce"), (partial, self.group))
 
     def all_gather(self, graph: fx.Graph, shard: fx.Node) -> fx.Node:
-        gather = torch.ops.spd_shared_memory.all_gather.default
-        return graph.call_function(gather, (shard, self.group, self.ranks))
+        args = (shard, self.group, self.ranks)
+        return graph.call_function(self._operator("all_gather"), args)
 
     def is_sum(self, node: fx.Node) -> bool:
-        return node.target is torch.ops.spd_shared_memory.all_reduce.default
+        return node.target is self._operator("all_reduce")
+
+    def _operator(self, name: str) -> OpOverload:
+        return getattr(getattr(torch.ops, self.operators), name).default
 
 
 def _is_wait(node: fx.Node) -> bool:

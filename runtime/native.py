@@ -21,8 +21,10 @@ from spdcompile.runtime.kernels import conditions
 
 _LOG = get_logger(Component.RUNTIME)
 _HERE = Path(__file__).parent
-SOURCES = tuple(_HERE / f"{name}.cpp" for name in ("attention", "products", "shared_memory"))
-_HEADERS = (_HERE / "vectors.h",)
+SOURCES = tuple(
+    _HERE / f"{name}.cpp" for name in ("attention", "products", "shared_memory", "sockets")
+)
+_HEADERS = (_HERE / "vectors.h", _HERE / "sums.h")
 _TORCH = Path(torch.__file__).parent
 _FLAGS = (
     *("-shared", "-fPIC", "-std=c++20", "-O3", "-march=native"),

@@ -24,28 +24,19 @@
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <vector>
+
+#include "sums.h"
 
 namespace spd::shared_memory {
 namespace {
 
-constexpr int64_t kLine = 64;           // bytes; no two counters share a cache line
 constexpr int64_t kSlots = 2;
-constexpr int64_t kBlock = 2048;        // elements summed at a time, in registers and first cache
 constexpr int64_t kShared = 64 * 1024;  // bytes from which on ranks sum a share each
 constexpr int kSpins = 2000;
 
 struct alignas(kLine) Counter {
   std::atomic<uint64_t> value;
-};
-
-// What a piece is; ranks that exchange different things must notice.
-struct alignas(kLine) Label {
-  int64_t operation, dtype, elements, offset;
-
-  bool operator==(const Label& other) const {
-    return operation == other.operation && dtype == other.dtype && elements == other.elements &&
-        offset == other.offset;
-  }
 };
 
 class Segment {
@@ -73,12 +64,7 @@ class Segment {
     published(rank).store(step_, std::memory_order_release);
     for (int other = 0; other < size; ++other) {
       await(published(other), other);
-      TORCH_CHECK(
-          *this->label(other) == label,
-          "ranks ", rank, " and ", other, " exchange different tensors through shared memory: ",
-          label.elements, " and ", this->label(other)->elements, " elements, operation ",
-          label.operation, " and ", this->label(other)->operation, ", dtype ", label.dtype,
-          " and ", this->label(other)->dtype);
+      check_equal(rank, label, other, *this->label(other), "shared memory");
     }
   }
 
@@ -172,40 +158,14 @@ std::shared_ptr<Segment> segment_of(const std::string& group) {
   return found->second;
 }
 
+// Where the piece of every rank is.
 template <typename T>
-struct Sum {
-  using type = float;
-};
-template <>
-struct Sum<double> {
-  using type = double;
-};
-
-// out[i] = the sum over ranks of their piece's element i, for i in [first, last).
-template <typename T>
-void sum(const Segment& segment, const T* own, T* out, int64_t first, int64_t last) {
-  using Wide = typename Sum<T>::type;
-  const auto of = [&](int rank) {
-    return rank == segment.rank ? own : reinterpret_cast<const T*>(segment.area(rank));
-  };
-  alignas(kLine) Wide total[kBlock];
-  for (int64_t begin = first; begin < last; begin += kBlock) {
-    const int64_t count = std::min(kBlock, last - begin);
-    const T* __restrict__ start = of(0) + begin;
-    for (int64_t i = 0; i < count; ++i) {
-      total[i] = static_cast<Wide>(start[i]);
-    }
-    for (int rank = 1; rank < segment.size; ++rank) {
-      const T* __restrict__ next = of(rank) + begin;
-      for (int64_t i = 0; i < count; ++i) {
-        total[i] += static_cast<Wide>(next[i]);
-      }
-    }
-    T* __restrict__ target = out + begin;
-    for (int64_t i = 0; i < count; ++i) {
-      target[i] = static_cast<T>(total[i]);
-    }
+std::vector<const T*> parts_of(const Segment& segment, const T* own) {
+  std::vector<const T*> parts(segment.size);
+  for (int rank = 0; rank < segment.size; ++rank) {
+    parts[rank] = rank == segment.rank ? own : reinterpret_cast<const T*>(segment.area(rank));
   }
+  return parts;
 }
 
 template <typename T>
@@ -215,15 +175,16 @@ void reduce(Segment& segment, const T* in, T* out, int64_t elements, int64_t dty
     const int64_t count = std::min(each, elements - begin);
     const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
     segment.publish({0, dtype, elements, begin}, in + begin, bytes);
+    const auto parts = parts_of<T>(segment, in + begin);
     if (segment.size == 2 || bytes < kShared) {
-      sum(segment, in + begin, out + begin, 0, count);
+      sum(parts, out + begin, 0, count);
       continue;
     }
     // Each rank sums a share: less to read, the more ranks there are.
     const int64_t share = (count + segment.size - 1) / segment.size;
     const int64_t first = std::min(count, share * segment.rank);
     T* const whole = reinterpret_cast<T*>(segment.area(segment.size));
-    sum(segment, in + begin, whole, first, std::min(count, first + share));
+    sum(parts, whole, first, std::min(count, first + share));
     segment.await_sums();
     std::memcpy(out + begin, whole, bytes);
   }
@@ -234,27 +195,9 @@ at::Tensor all_reduce(const at::Tensor& partial, const std::string group) {
   const at::Tensor in = partial.contiguous();
   at::Tensor out = at::empty(in.sizes(), in.options());
   std::lock_guard<std::mutex> lock(segment->mutex);
-  const auto dtype = static_cast<int64_t>(in.scalar_type());
-  switch (in.scalar_type()) {
-    case at::kFloat:
-      reduce(*segment, in.const_data_ptr<float>(), out.mutable_data_ptr<float>(), in.numel(), dtype);
-      break;
-    case at::kDouble:
-      reduce(*segment, in.const_data_ptr<double>(), out.mutable_data_ptr<double>(), in.numel(), dtype);
-      break;
-    case at::kBFloat16:
-      reduce(
-          *segment, in.const_data_ptr<at::BFloat16>(), out.mutable_data_ptr<at::BFloat16>(),
-          in.numel(), dtype);
-      break;
-    case at::kHalf:
-      reduce(
-          *segment, in.const_data_ptr<at::Half>(), out.mutable_data_ptr<at::Half>(), in.numel(),
-          dtype);
-      break;
-    default:
-      TORCH_CHECK(false, "sums of ", in.scalar_type(), " are not taken");
-  }
+  with_numbers_of(in, out, [&](const auto* from, auto* to) {
+    reduce(*segment, from, to, in.numel(), static_cast<int64_t>(in.scalar_type()));
+  });
   return out;
 }
 

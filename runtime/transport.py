@@ -1,25 +1,29 @@
-"""What carries tensors between ranks: memory that they share, or their process group."""
+"""What carries tensors between ranks: memory they share, sockets, or their process group."""
 
 from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from spdcompile.errors import UsageError
+from spdcompile.log import Component, get_logger
 from spdcompile.runtime.collectives import (
     Collectives,
+    OfDirect,
     OfGatheredParts,
     OfProcessGroup,
-    OfSharedMemory,
 )
 from spdcompile.runtime.faults import PATIENCE_S
-from spdcompile.runtime.shared_memory import why_not_shared
+from spdcompile.runtime.shared_memory import SHARED_MEMORY
+from spdcompile.runtime.sockets import SOCKETS
 
+_LOG = get_logger(Component.RUNTIME)
 _ELEMENTS = 2048  # of float32, about a token's hidden state
 _ROUNDS = 15
 
@@ -28,11 +32,20 @@ class Transport(enum.Enum):
     """What carries tensors between ranks."""
 
     AUTO = "auto"
-    """Shared memory for ranks of one host on CPU, else the process group."""
+    """On CPU shared memory for ranks of one host, sockets for others; else the process group."""
     PROCESS_GROUP = "process-group"
     """The backend of the group: gloo, NCCL."""
     SHARED_MEMORY = "shared-memory"
     """Memory that the ranks share; refused where they cannot."""
+    SOCKETS = "sockets"
+    """A connection between any two ranks; refused where there is none."""
+
+
+_KINDS = {Transport.SHARED_MEMORY: SHARED_MEMORY, Transport.SOCKETS: SOCKETS}
+_NEEDED = {
+    Transport.SHARED_MEMORY: "ranks on one host, tensors on CPU, and a C++ compiler",
+    Transport.SOCKETS: "ranks that can connect to each other, tensors on CPU, a C++ compiler",
+}
 
 
 def collectives_of(
@@ -41,26 +54,44 @@ def collectives_of(
     """How ranks exchange tensors; every rank of the group calls this, and all decide alike.
 
     Raises:
-        UsageError: shared memory is asked for and cannot be had.
+        UsageError: what is asked for cannot be had.
     """
-    name, size = group.group_name, dist.get_world_size(group)
-    if transport is not Transport.PROCESS_GROUP:
+    name, size, backend = group.group_name, dist.get_world_size(group), dist.get_backend(group)
+    missing = []
+    for kind, direct in _KINDS.items():
+        if transport not in (Transport.AUTO, kind):
+            continue
         on_cpu = device.type == "cpu"
-        why = why_not_shared(group, PATIENCE_S) if on_cpu else f"tensors are on {device.type}"
+        why = direct.why_not(group, PATIENCE_S) if on_cpu else f"tensors are on {device.type}"
         if not why:
-            return OfSharedMemory(name, size)
-        if transport is Transport.SHARED_MEMORY:
+            return OfDirect(direct.namespace, direct.name, name, size)
+        if transport is kind:
             raise UsageError(
-                "The ranks cannot share memory.",
+                f"The ranks cannot use {direct.name}.",
                 where="transport",
                 found=why,
-                needed="ranks on one host, tensors on CPU, and a C++ compiler",
+                needed=_NEEDED[kind],
                 fix="leave it to transport='auto'",
             )
-    backend = dist.get_backend(group)
+        missing += [f"no {direct.name}: {why}"] if on_cpu else []
+    if missing and dist.get_rank(group) == 0:
+        _LOG.warning("Ranks exchange through %s; %s", backend, "; ".join(missing))
     if backend == "gloo" and size == 2 and _gathering_is_faster(group):
         return OfGatheredParts(name, size, backend)
     return OfProcessGroup(name, size, backend)
+
+
+def steps(group: dist.ProcessGroup) -> int:
+    """How many exchanges this rank has begun that torch does not count."""
+    return sum(direct.steps(group) for direct in _KINDS.values())
+
+
+def interrupt(groups: Iterable[dist.ProcessGroup]) -> None:
+    """Has this rank's waits for others raise, where it can be done."""
+    with suppress(RuntimeError):  # a group that was destroyed at the end of the program
+        for group in groups:
+            for direct in _KINDS.values():
+                direct.interrupt(group)
 
 
 def _gathering_is_faster(group: dist.ProcessGroup) -> bool:

@@ -23,7 +23,7 @@ from spdcompile.runtime._torch import on_compilation, started_collectives
 from spdcompile.runtime.connections import in_a_line, is_broken_connection
 from spdcompile.runtime.faults import Fault, Report, Seen, error_of, find_fault, find_other_call
 from spdcompile.runtime.processes import Identity, end_with, torchrun_of
-from spdcompile.runtime.shared_memory import interrupt, steps
+from spdcompile.runtime.transport import interrupt, steps
 
 EVIDENCE_S = 3.0  # for finding out who broke a connection
 LAST_WORDS_S = 3.0  # for a rank's main thread to end by itself once a fault is known

@@ -55,8 +55,8 @@ def compile(
         vocab: "split" (one more all-reduce) or "whole" token embeddings; None goes by 256 MiB.
         timeout: seconds that ranks may wait for one before all of them end, without loading and
             compiling. 120 by default; SPD_TIMEOUT overrides it.
-        transport: between ranks: "shared-memory" (one host, CPU), "process-group" (gloo, NCCL),
-            or "auto", which takes the first where it can.
+        transport: between ranks: "shared-memory" (one host, CPU), "sockets" (CPU), "process-group"
+            (gloo, NCCL), or "auto", which takes the first of them that it can.
         blocks_per_graph: how many consecutive blocks are compiled as one: a slower first start,
             faster steps. Equal runs are compiled once: best is one that divides the blocks.
 

@@ -14,6 +14,7 @@ BASELINE = "hf-tp-eager"
 """What the others' times are given as a ratio to."""
 _TRANSPORTS = (
     ("spd-gloo", "gloo", "process-group"),
+    ("spd-sockets", "sockets", "sockets"),
     ("spd-shm", "shared memory", "shared-memory"),
 )
 

@@ -22,9 +22,10 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--transport",
-        choices=("auto", "process-group", "shared-memory"),
+        choices=("auto", "shared-memory", "sockets", "process-group"),
         default="auto",
-        help="between ranks under torchrun: auto (default) is shared memory on one host, else gloo",
+        help="between ranks under torchrun: auto (default) is on CPU shared memory on one host and "
+        "sockets across hosts, else gloo or NCCL",
     )
     parser.add_argument(
         "--blocks-per-graph",

@@ -12,14 +12,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from spdcompile.errors import UsageError
 from spdcompile.estimate.counting import Kind
 from spdcompile.estimate.links import Timed
 from spdcompile.estimate.timing import typical
-from spdcompile.runtime.faults import PATIENCE_S
-from spdcompile.runtime.shared_memory import why_not_shared
 from spdcompile.runtime.transport import Transport, collectives_of
 
-LINKS = {"shared-memory": Transport.SHARED_MEMORY, "gloo": Transport.PROCESS_GROUP}
+LINKS = {
+    "shared-memory": Transport.SHARED_MEMORY,
+    "sockets": Transport.SOCKETS,
+    "gloo": Transport.PROCESS_GROUP,
+}
 """Names of links between ranks of one host, and how to ask for them."""
 _REDUCED = tuple(2**exponent for exponent in (10, 12, 14, 16, 18, 20, 22))
 _GATHERED = tuple(2**exponent for exponent in (12, 16, 20))
@@ -44,9 +47,10 @@ def trials_of(group: dist.ProcessGroup) -> dict[str, list[Trial]]:
     """Collectives of several sizes through each link that the ranks have, by the link's name."""
     ranks, found = dist.get_world_size(group), {}
     for name, transport in LINKS.items():
-        if transport is Transport.SHARED_MEMORY and why_not_shared(group, PATIENCE_S):
+        try:
+            collectives = collectives_of(group, torch.device("cpu"), transport)
+        except UsageError:
             continue
-        collectives = collectives_of(group, torch.device("cpu"), transport)
         reduce, gather = _calling(collectives.all_reduce), _calling(collectives.all_gather)
         found[name] = [
             *(Trial(Kind.ALL_REDUCE, n, partial(reduce, torch.ones(n // 4))) for n in _REDUCED),

@@ -20,8 +20,8 @@ STEPS = ("TTFT-5-1", "TPOT-6-2")
 PEERS = ("hf-eager", "hf-compiled", "hf-all-cores-eager", "hf-all-cores-compiled")
 PEERS += ("hf-tp-eager", "hf-tp-compiled", "dtensor-eager", "dtensor-compiled")
 OPTIONAL = ("deepspeed", "vllm")
-OWN = ("spd-local", "spd-gloo", "spd-shm")
-DROPPED = ("spd-local/0", "spd-gloo/0", "spd-shm/0")
+OWN = ("spd-local", "spd-gloo", "spd-sockets", "spd-shm")
+DROPPED = ("spd-local/0", "spd-gloo/0", "spd-sockets/0", "spd-shm/0")
 EXACT = 1e-4  # float32, against float32: a hundred times what sums in another order differ by
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

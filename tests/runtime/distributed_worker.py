@@ -90,6 +90,7 @@ CASES = {
     ),
     "llama, gloo": Case("llama", ATTENTION, transport="process-group"),
     "llama, shared memory": Case("llama", ATTENTION, transport="shared-memory"),
+    "llama, sockets": Case("llama", ATTENTION, transport="sockets"),
 }
 
 

@@ -27,10 +27,11 @@ FOREVER_S = 600
 FOLDER = Path(sys.argv[2])
 
 
-def compiled(seed: int = 0, drop: bool = False) -> CompiledModel:
+def compiled(seed: int = 0, drop: bool = False, transport: str = "auto") -> CompiledModel:
     """The model, on this rank."""
     model = tiny("llama", seed=seed, **SIZES)
-    return spdcompile.compile(model, tp=2, spd_mask=[drop], backend="eager")
+    how = {"backend": "eager", "transport": transport}
+    return spdcompile.compile(model, tp=2, spd_mask=[drop], **how)
 
 
 def began() -> None:
@@ -38,9 +39,9 @@ def began() -> None:
     (FOLDER / "began").write_text(str(time.time()))
 
 
-def serve(fault: Callable[[], None]) -> None:
+def serve(fault: Callable[[], None], transport: str = "auto") -> None:
     """Three calls, the fault, and calls without an end."""
-    model = compiled()
+    model = compiled(transport=transport)
     for call in range(FOREVER_S * 1000):
         if call == 3 and RANK == FAULTY:
             began()
@@ -136,6 +137,8 @@ def saves() -> None:
 FAULTS: dict[str, Callable[[], None]] = {
     "raises": lambda: serve(raises),
     "killed": lambda: serve(is_killed),
+    "killed at a socket": lambda: serve(is_killed, "sockets"),
+    "stopped at a socket": lambda: serve(stops, "sockets"),
     "exits": lambda: serve(lambda: sys.exit(0)),
     "exits at once": lambda: serve(lambda: os._exit(0)),
     "stalls": lambda: serve(lambda: time.sleep(FOREVER_S)),

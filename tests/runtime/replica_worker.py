@@ -48,6 +48,7 @@ def main(folder: Path, tp: int) -> None:
 
     results["logits"] = compiled.over_replicas(run, requests())
     results["lengths seen"] = seen
+    results["transport"] = compiled.executor.collectives.name
     results["replica"] = [compiled.replica, compiled.num_replicas]
     torch.save(results, folder / f"rank_{os.environ['RANK']}.pt")
     torch.distributed.destroy_process_group()

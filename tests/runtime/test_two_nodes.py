@@ -102,7 +102,7 @@ def test_two_nodes_equal_one_process(nodes: tuple[Node, Node], tmp_path: Path) -
     local = spdcompile.compile(model(), tp=2, executor="local", backend="eager")
     for rank in range(2):
         found = torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True)
-        assert found["replica"] == [0, 1]
+        assert found["replica"] == [0, 1] and found["transport"] == "sockets"
         for logits, ids in zip(found["logits"], requests(), strict=True):
             assert rel_err(logits, local(ids).logits) < F32_BOUND
 

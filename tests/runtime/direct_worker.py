@@ -1,7 +1,8 @@
-"""What each rank of test_shared_memory.py runs: the operators alone, without a process group.
+"""What each rank of test_direct.py runs: the operators alone, without a process group.
 
-Usage: shared_memory_worker.py RANK RANKS FD ... with the descriptors of four segments. Prints
-"ok", or fails.
+Usage: direct_worker.py NAMESPACE RANK RANKS GROUP ... with four groups: the descriptor of a
+segment, or, separated by commas, those of connections to all ranks, -1 for this one. Prints "ok",
+or fails.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from __future__ import annotations
 import random
 import sys
 from threading import Timer
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spdcompile.runtime.native import load_library
+from spdcompile.runtime.direct import operators
 
-PIECE = 96 * 1024  # with four ranks, pieces are summed in shares
+PIECE = 96 * 1024  # of a segment; with four ranks, pieces are summed in shares
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SIZES = (1, 7, 2048, 40_000, 300_001)
+SIZES = (1, 7, 2048, 4097, 40_000, 300_001)
 
 
 def _drawn(seed: int, rank: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -34,9 +36,9 @@ def _expected_sum(parts: list[Tensor]) -> Tensor:
     return total.to(parts[0].dtype)
 
 
-def check_exchanges(rank: int, ranks: int) -> None:
+def check_exchanges(ops: Any, rank: int, ranks: int) -> None:
     """Every dtype and size, and many exchanges in a row of whatever comes."""
-    ops, drawing = torch.ops.spd_shared_memory, random.Random(0)
+    drawing = random.Random(0)
     cases = [(dtype, size, True) for dtype in DTYPES for size in SIZES]
     cases += [(dtype, 300, False) for dtype in (*DTYPES, torch.int64, torch.bool)]
     for _ in range(300):
@@ -52,9 +54,8 @@ def check_exchanges(rank: int, ranks: int) -> None:
             assert torch.equal(found, torch.cat(parts)), (dtype, size)
 
 
-def check_shapes(rank: int, ranks: int) -> None:
+def check_shapes(ops: Any, rank: int, ranks: int) -> None:
     """Any strides, any number of dimensions, nothing at all."""
-    ops = torch.ops.spd_shared_memory
     parts = [_drawn(1, other, 24, torch.float32).view(2, 3, 4).mT for other in range(ranks)]
     assert torch.equal(ops.all_reduce(parts[rank], "main"), _expected_sum(parts))
     assert torch.equal(ops.all_gather(parts[rank], "main", ranks), torch.cat(parts))
@@ -63,16 +64,16 @@ def check_shapes(rank: int, ranks: int) -> None:
     assert ops.all_reduce(number, "main") == 2.0 * ranks
 
 
-def check_mistakes(rank: int, ranks: int) -> None:
+def check_mistakes(ops: Any, rank: int) -> None:
     """Ranks that exchange different tensors, or come too late, get errors."""
-    ops = torch.ops.spd_shared_memory
     _raises("sums of Long", lambda: ops.all_reduce(torch.ones(3, dtype=torch.int64), "main"))
-    _raises("no shared segment", lambda: ops.all_reduce(torch.ones(3), "nobody"))
+    _raises("for the group nobody", lambda: ops.all_reduce(torch.ones(3), "nobody"))
     _raises("different tensors", lambda: ops.all_reduce(torch.ones(3 + (rank == 1)), "different"))
     if rank:
         _raises("timed out", lambda: ops.all_reduce(torch.ones(3), "late"))
         Timer(0.2, ops.interrupt, ["interrupted"]).start()
         _raises("lost its connection", lambda: ops.all_reduce(torch.ones(3), "interrupted"))
+    ops.all_reduce(torch.ones(1), "main")  # a rank that ends breaks its connections
 
 
 def _raises(words: str, act: object) -> None:
@@ -84,19 +85,21 @@ def _raises(words: str, act: object) -> None:
         raise AssertionError(f"no error: {words}")
 
 
-def main() -> None:
-    rank, ranks, *descriptors = map(int, sys.argv[1:])
+def main(namespace: str, rank: int, ranks: int, groups: list[str]) -> None:
     torch.set_num_threads(1)
-    load_library()
-    for name, fd, timeout in zip(
-        ("main", "different", "late", "interrupted"), descriptors, (60, 60, 1, 60), strict=True
-    ):
-        torch.ops.spd_shared_memory.open_segment(name, fd, rank, ranks, PIECE, timeout)
-    check_exchanges(rank, ranks)
-    check_shapes(rank, ranks)
-    check_mistakes(rank, ranks)
+    ops = operators(namespace)
+    timeouts = {"main": 60, "different": 60, "late": 1, "interrupted": 60}
+    for (name, timeout), group in zip(timeouts.items(), groups, strict=True):
+        files = [int(file) for file in group.split(",")]
+        if namespace == "spd_sockets":
+            ops.open_mesh(name, files, rank, timeout)
+        else:
+            ops.open_segment(name, files[0], rank, ranks, PIECE, timeout)
+    check_exchanges(ops, rank, ranks)
+    check_shapes(ops, rank, ranks)
+    check_mistakes(ops, rank)
     print("ok")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
