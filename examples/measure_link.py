@@ -1,11 +1,13 @@
 """Measures what dropped sync points save over a slow link, and what they were predicted to save.
 
     sudo python examples/measure_link.py [--rates 1gbit 200mbit] [--delay MS] [--rounds 30]
+        [--transport process-group]
 
 Two ranks run in two network namespaces of this machine, joined by slow_link.py. In every round
-each mask runs a prompt and a token in turn. The baseline is lossless: no mask, and sums taken in
-whichever way is faster on that link. The prediction is arithmetic: as many collectives as the mask
-drops, times what one takes by itself, as far from the one before as in a program.
+each mask runs a prompt and a token in turn. The baseline is lossless: no mask, and sums over
+sockets, or by gloo in whichever way is faster on that link. The prediction is arithmetic: as many
+collectives as the mask drops, times what one takes by itself, as far from the one before as in a
+program.
 """
 
 from __future__ import annotations
@@ -58,12 +60,12 @@ def masks() -> dict[str, spdcompile.Plan]:
 # ---- one rank
 
 
-def rank_main(result: Path, rounds: int) -> None:
+def rank_main(result: Path, rounds: int, transport: str) -> None:
     """Measures all masks; rank 0 writes what it found."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    first = spdcompile.compile(model, tp=TP, transport="process-group")
+    first = spdcompile.compile(model, tp=TP, transport=transport)
     programs = {name: first.with_mask(plan) for name, plan in masks().items()}
     prompt = torch.randint(3, SIZES["vocab_size"], (1, PROMPT))
     exchange = sum_over_ranks(first.executor.collectives)
@@ -135,11 +137,12 @@ def timed(run: Callable[[], object], repeats: int = 1, apart: float = 0.0) -> fl
 # ---- both ranks on a link
 
 
-def measured(rate: str, delay: float, rounds: int) -> dict[str, Any]:
+def measured(rate: str, delay: float, rounds: int, transport: str) -> dict[str, Any]:
     """What two ranks on a link found."""
     with slow_link(rate, delay) as ends, tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "found.json"
         command = [sys.executable, __file__, "--rank", str(result), "--rounds", str(rounds)]
+        command += ["--transport", transport]
         common = {"WORLD_SIZE": str(TP), "MASTER_ADDR": ends[0].address, "MASTER_PORT": str(PORT)}
         common |= {"OMP_NUM_THREADS": "1"}
         ranks = []
@@ -175,16 +178,17 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=["1gbit", "200mbit"])
     parser.add_argument("--delay", type=float, help="one-way, in ms: each rate with it, too")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--transport", default="sockets", choices=("sockets", "process-group"))
     parser.add_argument("--json", type=Path, help="write all figures there")
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
-        rank_main(args.rank, args.rounds)
+        rank_main(args.rank, args.rounds, args.transport)
         return
     links = {rate: (rate, 0.0) for rate in args.rates}
     if args.delay:
         links |= {f"{rate}, {args.delay:g} ms": (rate, args.delay / 1e3) for rate in args.rates}
-    all_found = {name: measured(*link, args.rounds) for name, link in links.items()}
+    all_found = {name: measured(*link, args.rounds, args.transport) for name, link in links.items()}
     rows = [row for name, found in all_found.items() for row in rows_of(name, found)]
     headers = ["link", "dropped", "sums left"]
     headers += [f"{step}{of}" for step in STEPS for of in (", ms", ": gain", ", of predicted")]

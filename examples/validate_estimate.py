@@ -1,4 +1,4 @@
-"""Estimated latencies beside measured ones: three sizes, two links, three masks, two steps.
+"""Estimated latencies beside measured ones: three sizes, three links, three masks, two steps.
 
 First the constants of this machine, then the comparison, with nothing else running:
 

@@ -26,7 +26,7 @@ LINKS = {
 """Names of links between ranks of one host, and how to ask for them."""
 _REDUCED = tuple(2**exponent for exponent in (10, 12, 14, 16, 18, 20, 22))
 _GATHERED = tuple(2**exponent for exponent in (12, 16, 20))
-_BURST = 10  # collectives in a row, with work between them
+_BURST = 40  # collectives in a row, with work between them: about what a few steps have
 _UNCOUNTED = 3  # first rounds
 
 
