@@ -38,7 +38,7 @@ MASKS = {
     "half": [layer % 2 == 0 for layer in range(LAYERS)],
     "all attention": [True] * LAYERS,
 }
-IN_A_ROW = 5
+IN_A_ROW = {"prefill": 5, "decode": 20}
 BOUND = 0.15
 
 
@@ -110,7 +110,7 @@ def compare(width: int, machines: Machines, args: argparse.Namespace) -> list[Ro
     taken = {(link, i): [] for link, each in trials.items() for i in range(len(each))}
     for number in range(args.rounds + 2):
         for key, run in programs.items():
-            seconds = in_a_row(run)
+            seconds = in_a_row(run, IN_A_ROW[key[-1]])
             if number >= 2:  # the first calls compile
                 times[key].append(seconds)
         for link, i in taken:
@@ -135,8 +135,8 @@ def compare(width: int, machines: Machines, args: argparse.Namespace) -> list[Ro
     return rows
 
 
-def in_a_row(run: Callable[[], object]) -> float:
-    """Seconds of a step among others like it, as in a generation.
+def in_a_row(run: Callable[[], object], count: int) -> float:
+    """Seconds of a step among so many like it, as in a generation.
 
     Processor caches hold what the step before has read, and what ranks wait at the barrier because
     they leave it one after the other is divided by the number of steps.
@@ -144,9 +144,9 @@ def in_a_row(run: Callable[[], object]) -> float:
     run()
     dist.barrier()
     began = time.perf_counter()
-    for _ in range(IN_A_ROW):
+    for _ in range(count):
         run()
-    return (time.perf_counter() - began) / IN_A_ROW
+    return (time.perf_counter() - began) / count
 
 
 def model_of(width: int) -> LlamaForCausalLM:
