@@ -27,7 +27,8 @@ def measure(arguments: argparse.Namespace) -> int:
     )
     print(
         f"{device.name}: {rates}, {device.bytes_per_s / 1e9:.1f} GB/s, "
-        f"{1e6 * device.kernel_s:.1f} us a kernel, {1e6 * device.block_s:.0f} us a block"
+        f"{1e6 * device.kernel_s:.1f} us a kernel, "
+        + ", ".join(f"{1e6 * x.block_s:.0f} us a block of {x.tokens} tokens" for x in device.host)
     )
     for name in table["links"]:
         (way,) = machines.link(name).ways

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,19 @@ class Rate:
     flops: float
 
 
+class Host(NamedTuple):
+    """What a step takes beside its kernels and collectives.
+
+    Args:
+        tokens: of a step that was measured, all sequences together.
+        block_s, step_s: seconds for each decoder layer, and for a step besides.
+    """
+
+    tokens: int
+    block_s: float
+    step_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """What a rank computes on.
@@ -41,8 +55,7 @@ class Device:
         flops: dtype -> floating-point operations per second of a large product.
         bytes_per_s: of a long stream from its memory.
         kernel_s: what every kernel takes at least.
-        block_s: what the host takes for each decoder layer; 0 where it runs ahead.
-        step_s: what it takes for a step besides.
+        host: what the host takes besides, by tokens of a step; nothing where it runs ahead.
         products: dtype -> measured rates of products, used in place of the roofline.
         attention: dtype -> (queries of a head, operations per second) of measured attention to as
             many keys.
@@ -54,8 +67,7 @@ class Device:
     flops: Mapping[torch.dtype, float]
     bytes_per_s: float
     kernel_s: float
-    block_s: float = 0.0
-    step_s: float = 0.0
+    host: Sequence[Host] = ()
     products: Mapping[torch.dtype, tuple[Rate, ...]] | None = None
     attention: Mapping[torch.dtype, Sequence[Point]] | None = None
     streams: Sequence[Point] = ()
@@ -83,6 +95,14 @@ class Device:
             return self.kernel_s + kernel.flops / rate
         stream = self._stream(kernel, state_bytes)
         return self.kernel_s + max(self._computing(kernel), kernel.num_bytes / stream)
+
+    def host_seconds(self, tokens: int, blocks: int) -> float:
+        """Of a step of so many tokens and decoder layers, between what was measured."""
+        if not self.host:
+            return 0.0
+        sizes = np.log([host.tokens for host in self.host])
+        seconds = [blocks * host.block_s + host.step_s for host in self.host]
+        return float(np.interp(np.log(tokens), sizes, seconds))
 
     def _computing(self, kernel: Kernel) -> float:
         if not kernel.flops:

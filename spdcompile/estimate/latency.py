@@ -40,7 +40,7 @@ def latency_of(work: Work, device: Device, link: Link, ranks: int) -> Latency:
     """What a step takes."""
     kernels = sum(device.seconds(kernel, work.state_bytes) for kernel in work.kernels)
     return Latency(
-        kernels + work.blocks * device.block_s + device.step_s,
+        kernels + device.host_seconds(work.tokens, work.blocks),
         {each.point: link.seconds(each, ranks) for each in work.exchanges},
     )
 

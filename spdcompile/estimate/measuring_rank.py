@@ -60,13 +60,14 @@ def main(argv: Sequence[str]) -> None:
         device["products"][name] = rates
         device["attention"][name] = list(_attention(getattr(torch, name)))
         device["flops"][name] = max(rate[-1] for rate in rates)
-    for name in device["products"]:
+    for name, rates in device["products"].items():
         found = beside_products(name, device, rows)
-        device.setdefault("block_s", found.block_s)  # of the first dtype: it is Python's
-        device.setdefault("step_s", found.step_s)
-        for rate in device["products"][name]:
-            if rate[0] <= FEW_ROWS:
-                rate[-1] /= found.slowness
+        device.setdefault(
+            "host", [each.host for each in found]
+        )  # of the first dtype: it is Python's
+        token, prompt = (each.slowness for each in found)
+        for rate in rates:
+            rate[-1] /= token if rate[0] <= FEW_ROWS else prompt
     if dist.get_rank() == 0:
         table = {
             name: [[row.kind.value, row.ranks, row.num_bytes, row.seconds] for row in rows]

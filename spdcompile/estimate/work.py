@@ -60,12 +60,14 @@ class Work:
     Args:
         weight_bytes: of all parameters; what two parts share counts once for each.
         blocks: how many decoder layers the program calls.
+        tokens: that are computed, of all sequences.
     """
 
     kernels: tuple[Kernel, ...] = field(default=())
     exchanges: tuple[Exchange, ...] = field(default=())
     weight_bytes: int = 0
     blocks: int = 0
+    tokens: int = 1
 
     @property
     def flops(self) -> float:
@@ -101,6 +103,7 @@ def work_of(program: Program, step: Step) -> Work:
         tuple(counter.exchanges),
         counter.weight_bytes,
         sum(part.layer is not None for part in program.parts),
+        step.batch * step.new,
     )
 
 

@@ -46,7 +46,7 @@ def test_measured_machine_serves_estimates(tmp_path: Path, monkeypatch: pytest.M
             tiny("llama"), tp=2, device="here", link=link, prompt=8, context=8, machine=path
         )
         for step in found.steps:
-            assert step.plain.compute > device.block_s * 2
+            assert step.plain.compute > device.host_seconds(8 if step.name == "prefill" else 1, 2)
             assert step.plain.exchange > 0
 
 
@@ -55,14 +55,14 @@ def test_what_is_beside_the_kernels_is_told_apart() -> None:
 
     def token(layers: int, products: float, block: float, step: float, slowness: float) -> Known:
         rest = 3e-4 * layers
-        return Known(layers, products, rest, rest + layers * block + step + slowness * products)
+        return Known(1, layers, products, rest, rest + layers * block + step + slowness * products)
 
     sizes = [(2, 5e-4), (6, 1.4e-3), (2, 2.1e-3), (6, 6e-3)]
     for expected in ((1e-4, 3e-4, 1.2), (0.0, 2e-4, 1.5), (2e-4, 0.0, 1.0), (0.0, 0.0, 1.3)):
-        found = told_apart([token(*size, *expected) for size in sizes])
-        assert found == pytest.approx(expected, abs=1e-9)
+        host, slowness = told_apart([token(*size, *expected) for size in sizes])
+        assert (*host[1:], slowness) == pytest.approx(expected, abs=1e-9)
     faster = told_apart([token(*size, -1e-4, 0.0, 0.9) for size in sizes])
-    assert faster == (0, 0, 1), "nothing takes less than nothing"
+    assert faster == ((1, 0, 0), 1), "nothing takes less than nothing"
 
 
 def test_programs_of_several_sizes_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,5 +79,7 @@ def test_programs_of_several_sizes_are_measured(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(measuring_host, "_LAYERS", (1, 3))
     monkeypatch.setattr(measuring_host, "seconds_together", lambda _: 1e3 * measuring_host._STEPS)
     found = measuring_host.beside_products("float32", device, rows)
-    assert found.step_s == pytest.approx(1e3, rel=0.02), "all of them take as long"
-    assert found.block_s + found.slowness - 1 < 1
+    assert [each.host.tokens for each in found] == [1, measuring_host.PROMPT]
+    for each in found:
+        assert each.host.step_s == pytest.approx(1e3, rel=0.02), "all of them take as long"
+        assert each.host.block_s + each.slowness - 1 < 1
