@@ -1,6 +1,6 @@
 """One rank of the demo, started by torchrun: logits, latencies and a few words, plan by plan.
 
-Latencies are measured through shared memory and through the process group, in the same rounds.
+Latencies are measured through shared memory, sockets and gloo, in the same rounds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import spdcompile
 
 LENGTH = 64
-TRANSPORTS = ("auto", "process-group")
+TRANSPORTS = ("auto", "sockets", "process-group")
 PROMPT = "The server reads its configuration from"
 
 

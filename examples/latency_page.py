@@ -136,7 +136,7 @@ def _validation() -> str:
         return f"{title}\n\nNot measured yet: {command}"
     found = json.loads(file.read_text(encoding="utf-8"))
     text = (
-        "Constants are measured first, then steps, in rows of five as in a generation. *Then*: "
+        "Constants are measured first, then steps, 5 prompts or 20 tokens in a row. *Then*: "
         "with collectives as long as they were in the same rounds, since between processes of one "
         "machine gloo's change from minute to minute."
     )

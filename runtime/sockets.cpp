@@ -34,6 +34,11 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int64_t kSmall = 16 * 1024;  // bytes up to which a delay costs more than sending them
 constexpr std::chrono::microseconds kSpin(100);
+#ifdef MSG_NOSIGNAL
+constexpr int kFlags = MSG_DONTWAIT | MSG_NOSIGNAL;
+#else
+constexpr int kFlags = MSG_DONTWAIT;  // Python ignores the signal
+#endif
 constexpr int kWaitMs = 50;  // between two looks at whether to go on waiting
 
 // Bytes that go to a rank, and those that come from it.
@@ -151,7 +156,7 @@ class Mesh {
     message.msg_iov = left;
     message.msg_iovlen = left_of(
         const_cast<Label*>(&label), const_cast<void*>(pair.to), pair.to_bytes, peer.sent, left);
-    const ssize_t sent = sendmsg(peer.connection, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    const ssize_t sent = sendmsg(peer.connection, &message, kFlags);
     return count(sent, peer.sent, other);
   }
 

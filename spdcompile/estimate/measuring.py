@@ -25,7 +25,7 @@ def measure_machine(
 ) -> dict[str, Any]:
     """Measures this machine's CPU, all ranks at once, and what they exchange through.
 
-    Takes about two minutes on an idle machine. Anything else that runs shows in the result.
+    Takes about four minutes on an idle machine. Anything else that runs shows in the result.
 
     Args:
         ranks: processes that run together, one thread each.
@@ -33,8 +33,8 @@ def measure_machine(
         name: of the device in the result.
         timeout: seconds after which the processes are ended.
 
-    Returns: a table of the form of machines.json: the device `name`, and the links shared-memory
-        and gloo, as far as ranks have them.
+    Returns: a table of the form of machines.json: the device `name`, and the links shared-memory,
+        sockets and gloo, as far as ranks have them.
 
     Raises:
         UsageError: fewer than 2 ranks, or fewer cores than ranks.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -21,11 +22,13 @@ import spdcompile
 from spdcompile import Plan, Router
 from spdcompile.errors import SpdCompileError
 from spdcompile.passes.ops import SYNC
-from spdcompile.runtime import cpu_operators
+from spdcompile.runtime import cpu_operators, shared_memory, sockets
 from spdcompile.runtime.collectives import OfGatheredParts, OfProcessGroup, lower_collectives
+from spdcompile.runtime.transport import Transport, collectives_of
 from tests.models import left_padded, tiny, token_ids
 
 TP = 2
+CPU = torch.device("cpu")
 VOCAB = 97  # two ranks do not divide it
 
 
@@ -105,6 +108,12 @@ def _different_plans(rank: int) -> list[Tensor]:
     return case._replace(dropped=ATTENTION if rank == 0 else NOTHING).run("distributed")
 
 
+def _different_graphs(rank: int) -> list[Tensor]:
+    """Each rank has another number of blocks in a graph."""
+    case = CASES["llama, attn dropped"]
+    return case._replace(blocks_per_graph=1 + rank).run("distributed")
+
+
 def _wrong_tp(rank: int) -> list[Tensor]:
     model = CASES["llama, nothing dropped"].model()
     spdcompile.compile(model, tp=4, executor="distributed", backend="eager")
@@ -164,8 +173,31 @@ def _whether_to_widen(rank: int) -> list[Tensor]:
     return found
 
 
+def _unconnected(rank: int) -> list[Tensor]:
+    """Sockets are asked for where one rank has no network."""
+    group, broken = torch.distributed.group.WORLD, OSError("no network")
+    own = patch.object(sockets, "_own_address", side_effect=broken) if rank else nullcontext()
+    with patch.object(sockets.SOCKETS, "_asked", {}), own:
+        collectives_of(group, CPU, Transport.SOCKETS)
+    return []
+
+
+def _far_and_unconnected(rank: int) -> list[Tensor]:
+    """Whatever can be had, where that is neither memory to share nor sockets."""
+    group = torch.distributed.group.WORLD
+    nothing = {group.group_name: (group, "not today")}
+    with ExitStack() as stack:
+        for kind in (shared_memory.SHARED_MEMORY, sockets.SOCKETS):
+            stack.enter_context(patch.object(kind, "_asked", nothing))
+        found = collectives_of(group, CPU, Transport.AUTO)
+    return [torch.tensor(isinstance(found, OfProcessGroup))]
+
+
 ATTEMPTS: dict[str, Callable[[int], list[Tensor]]] = {
     "different plans": _different_plans,
+    "different graphs": _different_graphs,
+    "unconnected": _unconnected,
+    "far and unconnected": _far_and_unconnected,
     "wrong tp": _wrong_tp,
     "chosen by WORLD_SIZE": _chosen_by_world_size,
     "both sums": _both_sums,

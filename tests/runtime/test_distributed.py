@@ -91,6 +91,23 @@ def test_ranks_with_different_plans_do_not_start(results: Results) -> None:
         assert "rank 0: " in text and "rank 1: " in text
 
 
+def test_ranks_with_different_graphs_do_not_start(results: Results) -> None:
+    for found in results:
+        text = found["different graphs"]
+        assert text.startswith("PlanError: The ranks do not run the same ")
+        assert "rank 0: 1" in text and "rank 1: 2" in text
+
+
+def test_sockets_that_one_rank_cannot_have_are_refused_on_all(results: Results) -> None:
+    for found in results:
+        assert found["unconnected"].startswith("UsageError: The ranks cannot use sockets.")
+        assert "rank 1 cannot listen: OSError('no network')" in found["unconnected"]
+
+
+def test_ranks_use_their_process_group_where_nothing_else_is_to_be_had(results: Results) -> None:
+    assert all(bool(found["far and unconnected"][0]) for found in results)
+
+
 def test_tp_that_is_not_the_number_of_processes_is_refused(results: Results) -> None:
     for found in results:
         assert found["wrong tp"].startswith("UsageError: WORLD_SIZE=2 but tp=4.")
