@@ -94,13 +94,13 @@ class OfDirect:
     """By operators of this package (direct.py); what they need is open by now.
 
     Args:
-        operators: their namespace.
+        namespace: of the operators.
         name: what carries the tensors, for readers.
         group: name of the process group.
         ranks: number of ranks in it.
     """
 
-    operators: str
+    namespace: str
     name: str
     group: str
     ranks: int
@@ -116,7 +116,7 @@ class OfDirect:
         return node.target is self._operator("all_reduce")
 
     def _operator(self, name: str) -> OpOverload:
-        return getattr(getattr(torch.ops, self.operators), name).default
+        return getattr(getattr(torch.ops, self.namespace), name).default
 
 
 def _is_wait(node: fx.Node) -> bool:

@@ -21,18 +21,18 @@ class Direct:
     """One kind.
 
     Args:
-        operators: the namespace of its operators.
+        namespace: of its operators.
         name: what carries the tensors, for readers.
-        open: opens it for a group; every rank calls it with the group, seconds after which a rank
-            that waits for another raises, and why this rank has no operators ("" if it has).
-            Returns why it cannot be had, the same on all ranks; "" if it is open.
+        open_group: opens it for a group. Every rank calls it with the group, the seconds after
+            which a rank that waits for another raises, and why it has no operators ("" if it
+            has). Returns why it cannot be had, the same on all ranks; "" if it is open.
     """
 
     def __init__(
-        self, operators: str, name: str, open: Callable[[dist.ProcessGroup, float, str], str]
+        self, namespace: str, name: str, open_group: Callable[[dist.ProcessGroup, float, str], str]
     ) -> None:
-        self.namespace, self.name = operators, name
-        self._open = open
+        self.namespace, self.name = namespace, name
+        self._open = open_group
         # Names come again when a program makes its groups anew.
         self._asked: dict[str, tuple[dist.ProcessGroup, str]] = {}
 

@@ -37,15 +37,21 @@ class CannotBuildError(Exception):
     """There is no library; says why."""
 
 
-@cache
 def load_library() -> None:
     """Loads the operators of all sources, after building them if need be.
 
-    Of processes that ask at once, one builds and the others wait for it.
+    Of processes that ask at once, one builds and the others wait for it. A process tries once.
 
     Raises:
         CannotBuildError: there is no compiler or it fails, or nowhere to build.
     """
+    if why := _load():
+        raise CannotBuildError(why)
+
+
+@cache
+def _load() -> str:
+    """Returns why it failed; "" if it did not."""
     try:
         root = make_private(make_private(root_directory()) / "native")
         library = root / f"{_key()}.so"
@@ -54,9 +60,10 @@ def load_library() -> None:
                 _build(library)
         torch.ops.load_library(library)
     except subprocess.CalledProcessError as error:
-        raise CannotBuildError(f"{_compiler()} says: {error.stderr.strip()[:500]}") from error
+        return f"{_compiler()} says: {error.stderr.strip()[:500]}"
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
-        raise CannotBuildError(str(error).splitlines()[0]) from error
+        return str(error).splitlines()[0]
+    return ""
 
 
 def _build(library: Path) -> None:

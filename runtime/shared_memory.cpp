@@ -5,9 +5,6 @@
 // for their sum. Tensors go through it piece by piece, and every rank counts the pieces alike.
 // A slot is used again two pieces later: whoever has seen all ranks publish the piece in between
 // knows that they have read the one before it, so nothing else has to be waited for.
-//
-// Sums are taken in the order of the ranks, in float32 at least, and rounded once: all ranks get
-// the same bits, and the same bits every time.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

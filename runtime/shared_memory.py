@@ -17,7 +17,7 @@ import torch.distributed as dist
 from spdcompile.runtime.direct import Direct, agreed, operators
 from spdcompile.runtime.processes import Identity
 
-_OPERATORS = "spd_shared_memory"
+_NAMESPACE = "spd_shared_memory"
 _PIECE = 256 * 1024
 """Bytes that go through the segment at a time: pieces of all ranks stay in a processor's cache."""
 
@@ -49,7 +49,7 @@ def _open(group: dist.ProcessGroup, timeout: float, not_built: str) -> str:
 
 def _map(group: dist.ProcessGroup, timeout: float) -> str:
     """Maps the segment; returns what went wrong on any rank."""
-    ops, rank, size = operators(_OPERATORS), dist.get_rank(group), dist.get_world_size(group)
+    ops, rank, size = operators(_NAMESPACE), dist.get_rank(group), dist.get_world_size(group)
     wrong, fd = "", -1
     offer: list[_Offer | None] = [None]
     if rank == 0:
@@ -78,4 +78,4 @@ def _map(group: dist.ProcessGroup, timeout: float) -> str:
     return why
 
 
-SHARED_MEMORY = Direct(_OPERATORS, "shared memory", _open)
+SHARED_MEMORY = Direct(_NAMESPACE, "shared memory", _open)

@@ -1,9 +1,9 @@
 // All-reduce and all-gather among ranks of several hosts, over a connection between any two.
 //
 // The thread that needs the result sends and receives by itself: nothing is handed to another
-// thread, which the scheduler would have to wake. Between two ranks, and of few bytes, each sends its
-// tensor to all others and sums what it gets; of more bytes each rank sums a share for all. In one
-// exchange a rank sends to all others and receives from them at the same time.
+// thread, which the scheduler would have to wake. Two ranks, and more of them for few bytes, send each
+// other all they have and sum it; of more bytes each rank sums a share for all. In one exchange a rank
+// sends to all others and receives from them at the same time.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -33,6 +33,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr int64_t kSmall = 16 * 1024;  // bytes up to which a delay costs more than sending them
+constexpr int64_t kPiece = 8 * 1024 * 1024;  // bytes of a sum at a time, so that room is bounded
 constexpr std::chrono::microseconds kSpin(100);
 #ifdef MSG_NOSIGNAL
 constexpr int kFlags = MSG_DONTWAIT | MSG_NOSIGNAL;
@@ -68,11 +69,58 @@ class Mesh {
     }
   }
 
-  // Exchanges pairs[other] with every other rank.
+  // Exchanges pairs[other] with every other rank; once it has raised it does so again.
   void exchange(const Label& label, const std::vector<Pair>& pairs) {
     TORCH_CHECK(!broken_, "rank ", rank, " lost a connection to another rank before");
-    broken_ = true;  // if this raises, what comes next is the rest of this
     ++steps_;
+    try {
+      try_exchange(label, pairs);
+    } catch (...) {
+      broken_ = true;  // what would come next is the rest of this
+      for (const Peer& peer : peers_) {
+        shutdown(peer.connection, SHUT_WR);  // behind what was sent, so that others learn it
+      }
+      throw;
+    }
+  }
+
+  // Has a wait of this rank raise, now and from now on; other threads may ask for it.
+  void interrupt() {
+    interrupted_.store(true, std::memory_order_relaxed);
+  }
+
+  // How many exchanges this rank has begun; other threads may ask.
+  uint64_t steps() const {
+    return steps_.load(std::memory_order_relaxed);
+  }
+
+  // Memory for what comes from each other rank, good until it is asked for again.
+  std::vector<char*> rooms(int64_t bytes) {
+    if (room_bytes_ < (size - 1) * bytes) {
+      room_bytes_ = (size - 1) * bytes;
+      room_ = std::make_unique_for_overwrite<char[]>(room_bytes_);
+    }
+    std::vector<char*> rooms(size, nullptr);
+    for (int other = 0; other < size; ++other) {
+      rooms[other] = room_.get() + (other - (other > rank)) * bytes;
+    }
+    return rooms;
+  }
+
+  const int rank, size;
+  std::mutex mutex;
+
+ private:
+  // `sent` and `received` count the label too, which goes before the bytes.
+  struct Peer {
+    int connection = -1;
+    int64_t sent = 0, received = 0;
+    Label label;
+  };
+
+  static constexpr int64_t kLabel = 4 * sizeof(int64_t);  // without what fills a cache line
+
+  void try_exchange(const Label& label, const std::vector<Pair>& pairs) {
     for (Peer& peer : peers_) {
       peer.sent = peer.received = 0;
     }
@@ -94,39 +142,7 @@ class Mesh {
         wait(pairs, moved_at);
       }
     }
-    broken_ = false;
   }
-
-  // Has a wait of this rank raise, now and from now on; other threads may ask for it.
-  void interrupt() {
-    interrupted_.store(true, std::memory_order_relaxed);
-  }
-
-  // How many exchanges this rank has begun; other threads may ask.
-  uint64_t steps() const {
-    return steps_.load(std::memory_order_relaxed);
-  }
-
-  // Memory for what is received, good until it is asked for again.
-  char* room(int64_t bytes) {
-    if (static_cast<int64_t>(room_.size()) < bytes) {
-      room_.resize(bytes);
-    }
-    return room_.data();
-  }
-
-  const int rank, size;
-  std::mutex mutex;
-
- private:
-  // `sent` and `received` count the label too, which goes before the bytes.
-  struct Peer {
-    int connection = -1;
-    int64_t sent = 0, received = 0;
-    Label label;
-  };
-
-  static constexpr int64_t kLabel = 4 * sizeof(int64_t);  // without what fills a cache line
 
   bool is_done(int other, const Pair& pair) const {
     return peers_[other].sent == kLabel + pair.to_bytes &&
@@ -192,23 +208,23 @@ class Mesh {
 
   // Sleeps until something can be sent or received.
   void wait(const std::vector<Pair>& pairs, Clock::time_point since) const {
+    TORCH_CHECK(
+        !interrupted_.load(std::memory_order_relaxed), "rank ", rank,
+        " lost its connection to another rank: interrupted");
     std::vector<pollfd> asked;
-    int late = -1;
+    std::string late;
     for (int other = 0; other < size; ++other) {
       if (other != rank && !is_done(other, pairs[other])) {
         const bool sends = peers_[other].sent < kLabel + pairs[other].to_bytes;
         const bool receives = peers_[other].received < kLabel + pairs[other].from_bytes;
         const int events = (sends ? POLLOUT : 0) | (receives ? POLLIN : 0);
         asked.push_back({peers_[other].connection, static_cast<short>(events), 0});
-        late = other;
+        late += (late.empty() ? "" : ", ") + std::to_string(other);
       }
     }
     if (poll(asked.data(), asked.size(), kWaitMs) > 0) {
       return;
     }
-    TORCH_CHECK(
-        !interrupted_.load(std::memory_order_relaxed), "rank ", rank,
-        " lost its connection to rank ", late, ": interrupted");
     const std::chrono::duration<double> waited = Clock::now() - since;
     TORCH_CHECK(
         waited.count() < timeout_, "rank ", rank, " waited ", timeout_, " s for rank ", late,
@@ -216,7 +232,8 @@ class Mesh {
   }
 
   std::vector<Peer> peers_;
-  std::vector<char> room_;
+  std::unique_ptr<char[]> room_;
+  int64_t room_bytes_ = 0;
   const double timeout_;
   std::atomic<uint64_t> steps_ = 0;
   std::atomic<bool> interrupted_ = false;
@@ -237,11 +254,11 @@ std::shared_ptr<Mesh> mesh_of(const std::string& group) {
 template <typename T>
 void reduce_small(Mesh& mesh, const Label& label, const T* in, T* out, int64_t elements) {
   const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
-  T* const room = reinterpret_cast<T*>(mesh.room(mesh.size * bytes));
+  const std::vector<char*> rooms = mesh.rooms(bytes);
   std::vector<Pair> pairs(mesh.size);
   std::vector<const T*> parts(mesh.size);
   for (int other = 0; other < mesh.size; ++other) {
-    T* const from = room + other * elements;
+    T* const from = reinterpret_cast<T*>(rooms[other]);
     pairs[other] = {in, bytes, from, bytes};
     parts[other] = other == mesh.rank ? in : from;
   }
@@ -257,11 +274,11 @@ void reduce_large(Mesh& mesh, const Label& label, const T* in, T* out, int64_t e
   const auto first = [&](int rank) { return std::min(elements, share * rank); };
   const auto count = [&](int rank) { return first(rank + 1) - first(rank); };
   const int64_t begin = first(mesh.rank), own = count(mesh.rank);
-  T* const room = reinterpret_cast<T*>(mesh.room(mesh.size * bytes_of(own)));
+  const std::vector<char*> rooms = mesh.rooms(bytes_of(own));
   std::vector<Pair> pairs(mesh.size);
   std::vector<const T*> parts(mesh.size);
   for (int other = 0; other < mesh.size; ++other) {
-    T* const from = room + other * own;
+    T* const from = reinterpret_cast<T*>(rooms[other]);
     pairs[other] = {in + first(other), bytes_of(count(other)), from, bytes_of(own)};
     parts[other] = other == mesh.rank ? in + begin : from;
   }
@@ -274,19 +291,27 @@ void reduce_large(Mesh& mesh, const Label& label, const T* in, T* out, int64_t e
   mesh.exchange(label, pairs);
 }
 
+template <typename T>
+void reduce(Mesh& mesh, const T* in, T* out, int64_t elements, int64_t dtype) {
+  const int64_t each = kPiece / static_cast<int64_t>(sizeof(T));
+  for (int64_t begin = 0; begin < elements; begin += each) {
+    const int64_t count = std::min(each, elements - begin);
+    const Label label{0, dtype, elements, begin};
+    if (mesh.size == 2 || count * static_cast<int64_t>(sizeof(T)) <= kSmall) {
+      reduce_small(mesh, label, in + begin, out + begin, count);
+    } else {
+      reduce_large(mesh, label, in + begin, out + begin, count);
+    }
+  }
+}
+
 at::Tensor all_reduce(const at::Tensor& partial, const std::string group) {
   const auto mesh = mesh_of(group);
   const at::Tensor in = partial.contiguous();
   at::Tensor out = at::empty(in.sizes(), in.options());
   std::lock_guard<std::mutex> lock(mesh->mutex);
-  const Label label{0, static_cast<int64_t>(in.scalar_type()), in.numel(), 0};
-  const bool small = mesh->size == 2 || static_cast<int64_t>(in.nbytes()) <= kSmall;
   with_numbers_of(in, out, [&](const auto* from, auto* to) {
-    if (small) {
-      reduce_small(*mesh, label, from, to, in.numel());
-    } else {
-      reduce_large(*mesh, label, from, to, in.numel());
-    }
+    reduce(*mesh, from, to, in.numel(), static_cast<int64_t>(in.scalar_type()));
   });
   return out;
 }
@@ -308,7 +333,7 @@ at::Tensor all_gather(const at::Tensor& shard, const std::string group, int64_t 
   for (int other = 0; other < mesh->size; ++other) {
     pairs[other] = {source, bytes, target + other * bytes, bytes};
   }
-  mesh->exchange({1, static_cast<int64_t>(in.scalar_type()), in.numel(), 0}, pairs);
+  mesh->exchange({1, static_cast<int64_t>(in.scalar_type()), bytes, 0}, pairs);
   if (bytes) {
     std::memcpy(target + mesh->rank * bytes, source, bytes);
   }

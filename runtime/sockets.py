@@ -14,16 +14,17 @@ import secrets
 import socket
 import struct
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch.distributed as dist
 
 from spdcompile.runtime.direct import Direct, agreed, operators
 
-_OPERATORS = "spd_sockets"
-_CONNECT_S = 10.0
-_SECRET = 16  # bytes
+_NAMESPACE = "spd_sockets"
+_CONNECT_S, _HELLO_S = 10.0, 1.0  # for all connections; for one to say whose it is
+_SECRET, _HELLO = 16, 20  # bytes; a hello is the secret and a rank
+_QUEUE = 128  # of connections that are not accepted yet
 _ADDRESS_OF = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
 
 
@@ -33,10 +34,11 @@ def _open(group: dist.ProcessGroup, timeout: float, not_built: str) -> str:
     with ExitStack() as stack:
         offer = ("", 0)
         try:
-            host, listener = _own_address(), stack.enter_context(_listening(size))
+            host = _own_address()
+            listener = stack.enter_context(_listening(host))
             offer = (host, listener.getsockname()[1])
         except (OSError, KeyError) as error:
-            wrong = wrong or f"rank {rank} cannot listen: {error!r}"
+            wrong = wrong or f"rank {rank} has no address: {error!r}"
         secret = [secrets.token_bytes(_SECRET)]
         dist.broadcast_object_list(secret, group=group, group_src=0)
         offers: list[Any] = [None] * size
@@ -52,23 +54,27 @@ def _open(group: dist.ProcessGroup, timeout: float, not_built: str) -> str:
             for connection in found.values():
                 connection.close()
             return why
-    own = operators(_OPERATORS)
+    own = operators(_NAMESPACE)
     own.close_mesh(group.group_name)  # of a group of that name that is gone
     connections = [found[other].detach() if other != rank else -1 for other in range(size)]
     own.open_mesh(group.group_name, connections, rank, timeout)
     return ""
 
 
-def _listening(size: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        family = socket.AF_INET6
-        return socket.create_server(("", 0), family=family, backlog=size, dualstack_ipv6=True)
-    return socket.create_server(("", 0), backlog=size)
+def _listening(host: str) -> socket.socket:
+    """A port at an address, or at all addresses of this host."""
+    if host or not socket.has_dualstack_ipv6():
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, 0), family=family, backlog=_QUEUE)
+    return socket.create_server(
+        ("", 0), family=socket.AF_INET6, backlog=_QUEUE, dualstack_ipv6=True
+    )
 
 
 def _own_address() -> str:
     """Where other hosts reach this one; "" for at MASTER_ADDR."""
-    if interface := os.environ.get("GLOO_SOCKET_IFNAME"):
+    if interfaces := os.environ.get("GLOO_SOCKET_IFNAME"):
+        interface = interfaces.split(",")[0]  # gloo takes several
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
             answer = fcntl.ioctl(asked, _ADDRESS_OF, struct.pack("16s16x8x", interface.encode()))
         return socket.inet_ntoa(answer[20:24])
@@ -94,14 +100,13 @@ def _connect(
     until = time.monotonic() + _CONNECT_S
     for other, (host, port) in enumerate(offers[:rank]):
         place = (host or os.environ["MASTER_ADDR"], port)
-        found[other] = socket.create_connection(place, timeout=_CONNECT_S)
+        found[other] = socket.create_connection(place, timeout=_left(until))
         found[other].sendall(secret + struct.pack("!I", rank))
     while len(found) < len(offers) - 1:
-        listener.settimeout(max(until - time.monotonic(), 0.01))
+        listener.settimeout(_left(until))
         connection, _ = listener.accept()
-        connection.settimeout(max(until - time.monotonic(), 0.01))
-        said = connection.recv(_SECRET + 4, socket.MSG_WAITALL)
-        other = struct.unpack("!I", said[_SECRET:])[0] if len(said) == _SECRET + 4 else -1
+        said = _hello(connection, min(until, time.monotonic() + _HELLO_S))
+        other = struct.unpack("!I", said[_SECRET:])[0] if len(said) == _HELLO else -1
         if secrets.compare_digest(said[:_SECRET], secret) and rank < other < len(offers):
             found[other] = connection
         else:
@@ -109,6 +114,25 @@ def _connect(
     for connection in found.values():
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
-SOCKETS = Direct(_OPERATORS, "sockets", _open)
+def _left(until: float) -> float:
+    """Seconds until then, at least a moment."""
+    return max(until - time.monotonic(), 0.01)
+
+
+def _hello(connection: socket.socket, until: float) -> bytes:
+    """What a connection says first, as far as it comes in time."""
+    said = b""
+    with suppress(OSError):
+        while len(said) < _HELLO:
+            connection.settimeout(_left(until))
+            piece = connection.recv(_HELLO - len(said))
+            if not piece:
+                break
+            said += piece
+    return said
+
+
+SOCKETS = Direct(_NAMESPACE, "sockets", _open)

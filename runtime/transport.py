@@ -6,6 +6,8 @@ import enum
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
+from itertools import product
 
 import torch
 import torch.distributed as dist
@@ -75,7 +77,7 @@ def collectives_of(
             )
         missing += [f"no {direct.name}: {why}"] if on_cpu else []
     if missing and dist.get_rank(group) == 0:
-        _LOG.warning("Ranks exchange through %s; %s", backend, "; ".join(missing))
+        _notice(f"Ranks exchange through {backend}; {'; '.join(missing)}")
     if backend == "gloo" and size == 2 and _gathering_is_faster(group):
         return OfGatheredParts(name, size, backend)
     return OfProcessGroup(name, size, backend)
@@ -88,10 +90,15 @@ def steps(group: dist.ProcessGroup) -> int:
 
 def interrupt(groups: Iterable[dist.ProcessGroup]) -> None:
     """Has this rank's waits for others raise, where it can be done."""
-    with suppress(RuntimeError):  # a group that was destroyed at the end of the program
-        for group in groups:
-            for direct in _KINDS.values():
-                direct.interrupt(group)
+    for group, direct in product(groups, _KINDS.values()):
+        with suppress(RuntimeError):  # a group that was destroyed at the end of the program
+            direct.interrupt(group)
+
+
+@cache
+def _notice(text: str) -> None:
+    """Says something once."""
+    _LOG.warning(text)
 
 
 def _gathering_is_faster(group: dist.ProcessGroup) -> bool:

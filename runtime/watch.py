@@ -126,8 +126,8 @@ class Watch:
                 self._publish()
 
     def _publish(self) -> None:
-        with suppress(RuntimeError):  # a group that was destroyed at the end of the program
-            for group in self._groups:
+        for group in self._groups:
+            with suppress(RuntimeError):  # a group that was destroyed at the end of the program
                 self._started[group.group_name] = started_collectives(group) + steps(group)
         self._beats += 1
         report = Report(

@@ -27,9 +27,13 @@ def measure(arguments: argparse.Namespace) -> int:
     )
     print(
         f"{device.name}: {rates}, {device.bytes_per_s / 1e9:.1f} GB/s, "
-        f"{1e6 * device.kernel_s:.1f} us a kernel, "
-        + ", ".join(f"{1e6 * x.block_s:.0f} us a block of {x.tokens} tokens" for x in device.host)
+        f"{1e6 * device.kernel_s:.1f} us a kernel"
     )
+    for host in device.host:
+        print(
+            f"{device.name}, beside kernels in a step of {host.tokens}: "
+            f"{1e6 * host.block_s:.0f} us a block, {1e6 * host.step_s:.0f} us besides"
+        )
     for name in table["links"]:
         (way,) = machines.link(name).ways
         bandwidth = f"{1e-9 / way.s_per_byte:.2f} GB/s" if way.s_per_byte else "no limit found"

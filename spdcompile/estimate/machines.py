@@ -16,7 +16,7 @@ from spdcompile.estimate.counting import Kind
 from spdcompile.estimate.devices import Device, Host, Point, Rate
 from spdcompile.estimate.links import Link, Timed, Way, fitted
 
-FORMAT = "spdcompile-machines-1"
+FORMAT = "spdcompile-machines-2"
 
 
 class Machines:
@@ -84,7 +84,7 @@ class Machines:
             {_dtype(dtype): share * rate for dtype, rate in row["flops"].items()},
             row.get("bytes_share", 1.0) * row["bytes_per_s"],
             row["kernel_s"],
-            tuple(Host(*each) for each in row.get("host", [])),
+            tuple(sorted(Host(*each) for each in row.get("host", []))),
             {_dtype(dtype): tuple(Rate(*x) for x in rows) for dtype, rows in rates.items()},
             {_dtype(dtype): _points(rows) for dtype, rows in attention.items()},
             _points(row.get("streams", [])),

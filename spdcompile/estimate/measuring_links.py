@@ -26,10 +26,8 @@ LINKS = {
 """Names of links between ranks of one host, and how to ask for them."""
 _REDUCED = tuple(2**exponent for exponent in (10, 12, 14, 16, 18, 20, 22))
 _GATHERED = tuple(2**exponent for exponent in (12, 16, 20))
-_BURST, _BURST_BYTES = (
-    40,
-    2**22,
-)  # collectives in a row, about what a few steps have; fewer large ones
+_BURST = 40  # collectives in a row, with work between them: about what a few steps have
+_BURST_BYTES = 2**24  # of large ones
 _UNCOUNTED = 3  # first rounds
 
 
@@ -90,7 +88,7 @@ def burst(trial: Trial) -> float:
     The work takes about a millisecond: threads that have had nothing to do for so long are asleep.
     """
     vectors, matrices = _other_work()
-    taken, count = 0.0, max(4, min(_BURST, _BURST_BYTES // trial.num_bytes))
+    taken, count = 0.0, min(_BURST, _BURST_BYTES // trial.num_bytes)
     for _ in range(count):
         for matrix in matrices:
             F.linear(vectors, matrix)

@@ -62,12 +62,12 @@ def main(argv: Sequence[str]) -> None:
         device["flops"][name] = max(rate[-1] for rate in rates)
     for name, rates in device["products"].items():
         found = beside_products(name, device, rows)
-        device.setdefault(
-            "host", [each.host for each in found]
-        )  # of the first dtype: it is Python's
+        # Of the first dtype: it is Python's.
+        device.setdefault("host", [each.host for each in found])
         token, prompt = (each.slowness for each in found)
         for rate in rates:
             rate[-1] /= token if rate[0] <= FEW_ROWS else prompt
+        device["flops"][name] = max(rate[-1] for rate in rates)
     if dist.get_rank() == 0:
         table = {
             name: [[row.kind.value, row.ranks, row.num_bytes, row.seconds] for row in rows]

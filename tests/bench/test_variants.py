@@ -18,7 +18,7 @@ SETTINGS = BenchSettings(2, masks={"0": [True, False]}, backend="eager", blocks_
 
 def test_each_number_of_blocks_has_variants_of_its_own() -> None:
     names = [variant.name for variant in variants_of(SETTINGS) if variant.name.startswith("spd-")]
-    own = [f"spd-{way}" for way in ("local", "gloo", "shm")]
+    own = [f"spd-{way}" for way in ("local", "gloo", "sockets", "shm")]
     assert names == [f"{name}{end}" for end in ("", "/0", "@2", "@2/0") for name in own]
     assert len({variant.label for variant in variants_of(SETTINGS)}) == len(variants_of(SETTINGS))
 

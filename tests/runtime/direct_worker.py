@@ -24,7 +24,8 @@ SIZES = (1, 7, 2048, 4097, 40_000, 300_001)
 
 def _drawn(seed: int, rank: int, size: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(1000 * seed + rank)
-    return torch.randn(size, generator=generator).to(dtype)
+    drawn = 10 * torch.randn(size, generator=generator)
+    return (drawn if dtype.is_floating_point else drawn.abs()).to(dtype)
 
 
 def _expected_sum(parts: list[Tensor]) -> Tensor:
@@ -40,7 +41,9 @@ def check_exchanges(ops: Any, rank: int, ranks: int) -> None:
     """Every dtype and size, and many exchanges in a row of whatever comes."""
     drawing = random.Random(0)
     cases = [(dtype, size, True) for dtype in DTYPES for size in SIZES]
-    cases += [(dtype, 300, False) for dtype in (*DTYPES, torch.int64, torch.bool)]
+    cases += [(dtype, 300, False) for dtype in (*DTYPES, torch.int64, torch.uint8)]
+    if ops is torch.ops.spd_sockets:
+        cases.append((torch.float32, 2_100_001, True))  # more than they send at a time
     for _ in range(300):
         size = int(10 ** drawing.uniform(0, 5))
         cases.append((drawing.choice(DTYPES), size, drawing.random() < 0.7))
@@ -73,6 +76,9 @@ def check_mistakes(ops: Any, rank: int) -> None:
         _raises("timed out", lambda: ops.all_reduce(torch.ones(3), "late"))
         Timer(0.2, ops.interrupt, ["interrupted"]).start()
         _raises("lost its connection", lambda: ops.all_reduce(torch.ones(3), "interrupted"))
+    again = lambda: ops.all_reduce(torch.ones(3), "different")  # noqa: E731
+    if ops is torch.ops.spd_sockets:
+        _raises("lost a connection", again)  # what is left of the mistake may be on its way
     ops.all_reduce(torch.ones(1), "main")  # a rank that ends breaks its connections
 
 

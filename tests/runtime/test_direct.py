@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain, combinations
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 from typing import Any
 
 import pytest
@@ -85,10 +87,16 @@ def _start(namespace: str, rank: int, ranks: int, groups: list[list[int]]) -> su
 
 
 @contextmanager
-def _met(*secrets: bytes) -> Iterator[list[tuple[dict[int, socket.socket], OSError | None]]]:
-    """What each rank of a mesh has, and what went wrong, if they have these secrets."""
+def _met(
+    *secrets: bytes, visit: Callable[[ExitStack, list[tuple[str, int]]], object] = lambda *_: None
+) -> Iterator[list[tuple[dict[int, socket.socket], OSError | None]]]:
+    """What each rank of a mesh has, and what went wrong, if they have these secrets.
+
+    Args:
+        visit: connects to the ranks before they do.
+    """
     with ExitStack() as stack:
-        listeners = [stack.enter_context(sockets._listening(len(secrets))) for _ in secrets]
+        listeners = [stack.enter_context(sockets._listening("127.0.0.1")) for _ in secrets]
         offers = [("127.0.0.1", listener.getsockname()[1]) for listener in listeners]
         found: list[dict[int, socket.socket]] = [{} for _ in secrets]
         wrong: list[OSError | None] = [None for _ in secrets]
@@ -99,6 +107,7 @@ def _met(*secrets: bytes) -> Iterator[list[tuple[dict[int, socket.socket], OSErr
             except OSError as error:
                 wrong[rank] = error
 
+        visit(stack, offers)
         threads = [Thread(target=meet, args=[rank]) for rank in range(len(secrets))]
         for thread in threads:
             thread.start()
@@ -119,6 +128,35 @@ def test_ranks_connect_with_each_other() -> None:
             assert other[first].recv(2) == bytes([first, second])
 
 
+def test_strangers_do_not_keep_ranks_from_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "_HELLO_S", 0.2)
+
+    def visit(stack: ExitStack, offers: list[tuple[str, int]]) -> None:
+        """One says nothing, one too little, one resets the connection, one says who it is not."""
+        for said in (b"", SECRET, None, b"x" * 16 + bytes([0, 0, 0, 1])):
+            stranger = stack.enter_context(socket.create_connection(offers[0]))
+            if said is None:
+                reset = struct.pack("ii", 1, 0)
+                stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                stranger.close()
+            else:
+                stranger.sendall(said)
+
+    with _met(SECRET, SECRET, visit=visit) as ((first, wrong), (second, also_wrong)):
+        assert wrong is None and also_wrong is None
+        first[1].sendall(b"you")
+        assert second[0].recv(3) == b"you"
+
+
+def test_a_hello_may_come_in_pieces() -> None:
+    one, other = socket.socketpair()
+    with one, other:
+        one.sendall(SECRET)
+        Timer(0.1, one.sendall, [bytes([0, 0, 0, 1])]).start()
+        said = sockets._hello(other, time.monotonic() + 20)
+    assert said == SECRET + bytes([0, 0, 0, 1])
+
+
 def test_ranks_do_not_take_a_stranger_for_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets, "_CONNECT_S", 1.0)
     with _met(SECRET, SECRET, b"somebody else's.") as ((first, wrong), (second, also_wrong), _):
@@ -132,6 +170,7 @@ def test_ranks_do_not_take_a_stranger_for_one_of_them(monkeypatch: pytest.Monkey
         ({"MASTER_ADDR": "127.0.0.1"}, ""),
         ({"MASTER_ADDR": "localhost"}, ""),
         ({"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}, "127.0.0.1"),
+        ({"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo,other"}, "127.0.0.1"),
     ],
 )
 def test_a_rank_on_the_first_host_is_reached_where_that_is(
